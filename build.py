@@ -1,0 +1,68 @@
+"""From a Config to the objects of a run. This is the only place where a mode or a method is chosen.
+
+    views = build_views(config, "train", device)     index (B,), M  ->  Batch
+    model = build_model(config, views)               views, actions ->  Output
+
+A mode is an object with
+    __call__(index, M) -> Batch     sample M+1 views of each sample, on the device
+    clean(index)                    what z is probed on for classification
+    __len__, classes, view_size     samples; class names; side of a view in pixels
+    groups, param_groups            {name: slice} of the columns of Batch.actions and Batch.params
+"""
+import numpy as np
+import torch
+
+from aggregator import Aggregator
+from config import BadInput
+from datasets import load
+from encoder import ResNet18
+from jepa import ActionEmbedding, SeqJEPA
+from predictor import Predictor
+from saccades import Saccades
+
+MODES = {"saccade": Saccades}
+
+
+def build_views(config, split, device):
+    """The mode's view sampler over one split ("pretrain", "train" or "val")."""
+    return MODES[config.mode](load(config, split), config, device)
+
+
+def build_model(config, groups):
+    """Untrained model; the same config gives the same weights.  groups: the mode's action columns."""
+    seed_all(config.seed)
+    encoder = ResNet18(width=config.width, stem=stem(config), z_norm=config.z_norm)
+    embed = ActionEmbedding(conditioned(config.condition, groups), config.action_dim, config.action_embed)
+    if (encoder.dim + embed.dim) % 4:
+        raise BadInput(f"--action-dim {config.action_dim}: 8 * width + action-dim must be a multiple of the 4 attention heads")
+    aggregator = Aggregator(dim=encoder.dim, action_dim=embed.dim)
+    predictor = Predictor(dim=encoder.dim, action_dim=embed.dim)
+    return SeqJEPA(encoder, embed, aggregator, predictor, config.action_in)
+
+
+def conditioned(condition, groups):
+    """Columns of the action that the model is told.  "none" -> [], "all" -> every one, "a+b" -> those of a and b."""
+    names = {"none": [], "all": list(groups)}.get(condition, condition.split("+"))
+    return [i for name in names for i in range(groups[name].start, groups[name].stop)]
+
+
+def stem(config):
+    """Sec. 4.2: the CIFAR stem for 32-pixel images and foveal patches, the standard one for larger views."""
+    if config.stem != "auto":
+        return config.stem
+    return "cifar" if config.view_size <= 48 else "imagenet"
+
+
+def pick_device(name):
+    """torch.device for --device; auto takes CUDA, then MPS, then the CPU."""
+    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name.split(":")[0], False):
+        raise BadInput(f"--device {name}: not available here; use auto, cpu, cuda or mps")
+    return torch.device(name)
+
+
+def seed_all(*where):
+    """Seed every generator from integers such as (seed, epoch, step): the owner of all randomness."""
+    torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0]))

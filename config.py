@@ -1,0 +1,191 @@
+"""All settings of a run: one frozen dataclass, one table of presets, one parser.
+
+The flags of `train.py` are the fields of `Config`. A flag the user leaves out takes the paper's
+value for the chosen data set and mode from `PRESETS`; `--quick` then shrinks the run to laptop size.
+`python train.py --dataset D --mode m --help` shows the values that would be used.
+
+Sections are those of the seq-JEPA paper.
+"""
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class BadInput(Exception):
+    """Something the user can mend. `main` prints its one line and exits with status 2."""
+
+
+DATASETS = ("stl10", "cifar10", "cifar100", "tiny-imagenet", "3diebench", "imagenet", "folder", "solids")
+
+# What each mode may condition on (--condition); the first is the default.  Sec. 2.3, A.1
+CONDITIONS = {
+    "saccade": ("position", "none"),
+    "rotation": ("rotation", "color", "rotation+color", "none"),
+    "augment": ("all", "crop", "jitter", "blur", "none"),
+}
+METHODS = ("seq-jepa",)
+DEFAULT_EPOCHS, EPOCHS_3DIEBENCH = 2000, 1000                                  # Sec. 4.2
+
+# (data set, mode) -> what differs from the defaults of Config.  The README prints this table.
+PRESETS = {
+    ("stl10", "saccade"): dict(image_size=96, patch_size=32, views=4),          # Sec. 2.3, Table 3
+    ("imagenet", "saccade"): dict(image_size=224, patch_size=84, views=4),      # B.6
+    ("folder", "saccade"): dict(image_size=96, patch_size=32, views=4),         # as STL-10
+    ("tiny-imagenet", "saccade"): dict(image_size=64, patch_size=24, views=4),  # a ninth, to a multiple of 8
+    ("cifar10", "saccade"): dict(image_size=32, patch_size=12, views=4),
+    ("cifar100", "saccade"): dict(image_size=32, patch_size=12, views=4),
+    ("solids", "saccade"): dict(image_size=96, patch_size=32, views=4),
+    ("3diebench", "saccade"): dict(image_size=128, patch_size=40, views=4),
+    ("3diebench", "rotation"): dict(image_size=128, views=3, epochs=EPOCHS_3DIEBENCH),  # Sec. 4.2, Table 1
+    ("solids", "rotation"): dict(image_size=128, views=3, epochs=EPOCHS_3DIEBENCH),     # as 3DIEBench
+    ("cifar100", "augment"): dict(image_size=32, views=2),                      # Table 2
+    ("cifar10", "augment"): dict(image_size=32, views=2),
+    ("tiny-imagenet", "augment"): dict(image_size=64, views=2),                 # Table 2
+    ("stl10", "augment"): dict(image_size=96, views=2),
+    ("imagenet", "augment"): dict(image_size=224, views=2),
+    ("folder", "augment"): dict(image_size=64, views=2),                        # as Tiny ImageNet
+    ("solids", "augment"): dict(image_size=64, views=2),
+}
+
+# --quick: minutes on two CPU cores.  Chosen by measurement, see results/README.md.
+QUICK = dict(width=16, stem="strided", batch_size=64, lr=1e-3, warmup_epochs=1, ema=0.99, z_norm=True, action_dim=32)
+QUICK_MODE = {
+    "saccade": dict(image_size=48, patch_size=16, epochs=12, object_views=4),
+    "rotation": dict(image_size=48, epochs=20, object_views=16),
+    "augment": dict(image_size=32, epochs=8),
+}
+QUICK_LIMIT = dict(solids=2400)                       # objects; other data sets: images
+QUICK_LIMIT_IMAGES = 10_000
+
+
+def _flag(default, help, **kwargs):
+    return dataclasses.field(default=default, metadata=dict(help=help, **kwargs))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one run; stored in `config.json` and in every checkpoint."""
+    # What is seen
+    dataset: str = _flag("stl10", "which images", choices=DATASETS)
+    mode: str = _flag("saccade", "what a view and an action are", choices=tuple(CONDITIONS))
+    condition: str = _flag("position", "actions the model is told; the rest are only probed")
+    views: int = _flag(4, "M, observed views of a training sequence; view M+1 is predicted", flag_metavar="M")
+    data_dir: str = _flag("data", "where the data is, or is put", flag_metavar="DIR")
+    image_size: int = _flag(96, "side of the stored image, pixels")
+    patch_size: int = _flag(32, "side of a foveal patch, pixels (saccade)")
+    saliency: str = _flag("signature", "signature | uniform | deepgaze | a folder of saliency_SPLIT.npy (saccade)")
+    ior: bool = _flag(True, "inhibition of return (saccade)")
+    rotation_range: float = _flag(1.5707964, "largest rotation angle of the embedded solids, radians")
+    object_views: int = _flag(50, "renders per object of the embedded solids")
+    limit: int = _flag(0, "use N images or objects of each split, a seeded class-balanced choice; 0 = all", flag_metavar="N")
+    download: bool = _flag(True, "fetch STL-10 and CIFAR when absent")
+    # The model, Sec. 4.2 and A.3
+    method: str = _flag("seq-jepa", "what is trained", choices=METHODS)
+    encoder: str = _flag("resnet18", "f_theta", choices=("resnet18",))
+    width: int = _flag(64, "channels of the ResNet's first stage; z has 8 times as many")
+    stem: str = _flag("auto", "cifar: 3x3; imagenet: 7x7 and pooling; strided: 3x3 with stride 2; auto: cifar up to 48 px, else imagenet",
+                      choices=("auto", "cifar", "imagenet", "strided"))
+    z_norm: bool = _flag(False, "BatchNorm without affine on z (ours, for short runs; see README)")
+    action_dim: int = _flag(128, "E, width of an action embedding")
+    action_in: str = _flag("both", "which parts see the actions (Table 4)",
+                           choices=("both", "predictor", "aggregator", "none"))
+    action_embed: str = _flag("linear", "linear: learned; raw: the numbers themselves; noise: random numbers (Table 4)",
+                              choices=("linear", "raw", "noise"))
+    # Optimisation, Sec. 4.2
+    epochs: int = _flag(DEFAULT_EPOCHS, "passes over the data")
+    batch_size: int = _flag(512, "sequences per step")
+    lr: float = _flag(4e-4, "peak learning rate")
+    lr_end: float = _flag(1e-5, "learning rate at the first and at the last step")
+    weight_decay: float = _flag(1e-3, "AdamW; none on biases and norms")
+    warmup_epochs: int = _flag(20, "linear warm-up")
+    ema: float = _flag(0.996, "tau at the first step; rises to 1 on a cosine")
+    # The run
+    seed: int = _flag(0, "of everything: weights, order, views, splits")
+    quick: bool = _flag(False, "a laptop-sized run: smaller encoder, images and data, minutes on a CPU")
+    device: str = _flag("auto", "auto | cpu | cuda | mps")
+    amp: bool = _flag(True, "bfloat16 autocast, on CUDA")
+    compile: bool = _flag(None, "torch.compile; default: on CUDA only")
+    probe_every: int = _flag(0, "online probes every K epochs; 0 = never", flag_metavar="K")
+    out: str = _flag("runs", "folder of runs", flag_metavar="DIR")
+    name: str = _flag("", "folder of this run inside --out; default: DATASET-MODE[-CONDITION]")
+    resume: bool = _flag(False, "continue the run of this name exactly where it stopped")
+
+    @property
+    def view_size(self):
+        """Side of what the encoder sees, pixels."""
+        return self.patch_size if self.mode == "saccade" else self.image_size
+
+    @property
+    def run_dir(self):
+        return Path(self.out) / self.name
+
+
+def preset(dataset, mode, quick=False):
+    """Settings of (data set, mode) that differ from Config's own defaults."""
+    if (dataset, mode) not in PRESETS:
+        known = sorted({m for d, m in PRESETS if d == dataset})
+        raise BadInput(f"--mode {mode} does not apply to --dataset {dataset}; choose {' or '.join(known)}")
+    values = dict(dataset=dataset, mode=mode, condition=CONDITIONS[mode][0], **PRESETS[dataset, mode])
+    if quick:
+        limit = QUICK_LIMIT.get(dataset, QUICK_LIMIT_IMAGES)
+        values |= QUICK | QUICK_MODE[mode] | dict(quick=True, limit=limit)
+    return values
+
+
+def parser(defaults):
+    """One flag a field: `--image-size N`; booleans get `--x` and `--no-x`."""
+    p = argparse.ArgumentParser(prog="train.py", description="Pre-train a seq-JEPA world model.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(Config):
+        meta, flag = field.metadata, "--" + field.name.replace("_", "-")
+        kwargs = dict(help=meta["help"], default=getattr(defaults, field.name))
+        if field.type is bool or field.type == "bool":
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, **kwargs)
+        else:
+            metavar = meta.get("flag_metavar", {int: "N", float: "X"}.get(field.type, "S"))
+            choices = meta.get("choices")
+            p.add_argument(flag, type=field.type, choices=choices, metavar=None if choices else metavar, **kwargs)
+    return p
+
+
+def from_command_line(argv=None):
+    """Config from flags: Config's defaults, then the preset, then --quick, then what was typed."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--dataset", default="stl10")
+    first.add_argument("--mode", default="saccade")
+    first.add_argument("--quick", action="store_true")
+    chosen, _ = first.parse_known_args(argv)
+    known = chosen.dataset in DATASETS and chosen.mode in CONDITIONS    # if not, the full parser says so
+    defaults = Config(**preset(chosen.dataset, chosen.mode, chosen.quick)) if known else Config()
+    return check(Config(**vars(parser(defaults).parse_args(argv))))
+
+
+def check(config):
+    """Refuse impossible settings before anything is loaded; fill in the run's name.
+
+    Raises: BadInput, naming the flag, what was expected and what to do."""
+    c = config
+    if c.condition not in CONDITIONS[c.mode]:
+        raise BadInput(f"--condition {c.condition}: mode {c.mode} offers {', '.join(CONDITIONS[c.mode])}")
+    at_least = dict(views=1, image_size=8, patch_size=4, width=1, action_dim=1, epochs=1, batch_size=2, object_views=1,
+                    limit=0, warmup_epochs=0, probe_every=0)
+    for field, low in at_least.items():
+        if getattr(c, field) < low:
+            raise BadInput(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least {low}")
+    if c.mode == "saccade" and c.patch_size > c.image_size:
+        raise BadInput(f"--patch-size {c.patch_size} is larger than the image ({c.image_size}); lower it or raise --image-size")
+    if c.dataset == "solids" and c.mode == "rotation" and c.views + 1 > c.object_views:
+        raise BadInput(f"--views {c.views}: a sequence needs {c.views + 1} distinct renders and an object has {c.object_views}; "
+                       "lower --views or raise --object-views")
+    if c.dataset == "3diebench" and c.views + 1 > 50:
+        raise BadInput(f"--views {c.views}: 3DIEBench has 50 renders per object, so at most 49 views")
+    if not 0 <= c.ema <= 1:
+        raise BadInput(f"--ema {c.ema}: expected a number from 0 to 1")
+    if c.lr <= 0 or c.lr_end < 0 or c.weight_decay < 0:
+        raise BadInput("--lr must be above 0, --lr-end and --weight-decay at least 0")
+    if c.name and Path(c.name).name != c.name:
+        raise BadInput(f"--name {c.name}: expected a plain folder name; use --out for the folder it goes in")
+    quick = "quick-" if c.quick else ""
+    suffix = "" if c.condition == CONDITIONS[c.mode][0] else f"-{c.condition}"
+    return dataclasses.replace(c, name=c.name or f"{quick}{c.dataset}-{c.mode}{suffix}")

@@ -1,0 +1,359 @@
+"""Data sets (seq-JEPA A.1): where images come from, and what the three modes make of them.
+
+    load(config, split)  ->  Split      images as uint8 arrays, memory-mapped where they are large
+    Store(arrays, device)[index]        rows of an array, on the device
+    Batch                               what every mode hands to the model and to the probes
+
+Splits: `pretrain` is what the model learns from, `train` and `val` are for the probes. They differ only
+on STL-10, whose 100,000 unlabelled images join its training images in `pretrain`.
+Images are stored (N, 3, S, S), or (N, V, 3, S, S) for sets with V renders of each object, as uint8, and
+become floats only on the device. Files are decoded once, into an array cached under DATA_DIR/.cache.
+Checked in tests/test_datasets.py.
+"""
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torchvision.transforms.v2 import functional as TF
+
+import solids
+from cache import cache_path, cached
+from config import BadInput
+
+SPLIT_SEED = 0      # which images --limit and a folder's 90/10 split choose; the same for every --seed
+
+# Per data set: mean and standard deviation of pixels in [0, 1].  A.1; ImageNet's are the usual ones.
+CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STATISTICS = {
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2241, 0.2215, 0.2239)),
+    "cifar10": CIFAR_STATISTICS, "cifar100": CIFAR_STATISTICS, "tiny-imagenet": CIFAR_STATISTICS,
+    "3diebench": ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969)),
+    "imagenet": IMAGENET_STATISTICS, "folder": IMAGENET_STATISTICS,
+    "solids": ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+}
+
+
+class Batch(NamedTuple):
+    """A mode's answer to a batch of sample indices, all on the device."""
+    views: torch.Tensor     # (B, M+1, 3, H, W) float32, normalised; the last is the prediction target
+    actions: torch.Tensor   # (B, M, A): actions[:, i] takes view i to view i+1 and depends on these two alone
+    params: torch.Tensor    # (B, M+1, P): each view's own parameters, for probes only
+    labels: torch.Tensor    # (B,) int64, -1 where unknown
+
+
+class Part(NamedTuple):
+    """Images that lie in one file; only STL-10's `pretrain` has more than one part."""
+    images: np.ndarray      # (n, 3, S, S) or (n, V, 3, S, S) uint8, in memory or memory-mapped
+    name: str               # "train", "unlabeled", ...
+    rows: np.ndarray = None # which images of the part these are, if --limit left some out
+    total: int = 0          # how many the part has in all
+
+
+class Split(NamedTuple):
+    """One split of a data set."""
+    parts: list             # read as one along axis 0
+    labels: np.ndarray      # (N,) int64, -1 where unknown
+    classes: list           # names, index = label
+    mean: tuple
+    std: tuple
+    source: dict            # what the pixels were made from, JSON-able: the key of anything derived from them
+    latents: np.ndarray = None   # (N, V, 7) float32, sets of rendered objects only
+
+
+class Store:
+    """Rows of equally shaped arrays, on the device: moved there whole if they fit, else fetched per batch."""
+
+    def __init__(self, arrays, device):
+        parts = [torch.from_numpy(a) for a in arrays]
+        if fits(sum(p.numel() * p.element_size() for p in parts), device):
+            parts = [torch.cat([p.to(device) for p in parts])]
+        self.parts, self.device = parts, device
+        self.first = torch.tensor([0] + [len(p) for p in parts]).cumsum(0)      # first row of each part
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def __getitem__(self, index):
+        """index (B,) int64 on the CPU -> (B, ...) on the device."""
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            return part.index_select(0, index.to(part.device, non_blocking=True)).to(self.device, non_blocking=True)
+        rows = torch.empty(len(index), *self.parts[0].shape[1:], dtype=self.parts[0].dtype)
+        which = torch.bucketize(index, self.first[1:], right=True)
+        for i, part in enumerate(self.parts):
+            rows[which == i] = part[index[which == i] - self.first[i]]
+        return rows.to(self.device, non_blocking=True)
+
+
+def fits(size, device):
+    """Whether `size` bytes may live on the device: at most half of a GPU's free memory; never copied on a CPU."""
+    return device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2
+
+
+def normalise(images, mean, std, channel_dim):
+    """uint8 -> float32, (x/255 - mean) / std per channel."""
+    shape = [1] * images.dim()
+    shape[channel_dim] = 3
+    return images.float().mul_((1 / (255 * std)).view(shape)).add_((-mean / std).view(shape))
+
+
+def load(config, split):
+    """The images of one split at config.image_size.
+
+    split: "pretrain", "train" or "val".
+    Raises: BadInput, naming the file or folder, for anything missing, truncated or unreadable."""
+    parts, labels, classes, source, *latents = READERS[config.dataset](config, split)
+    mean, std = STATISTICS[config.dataset]
+    return Split(parts, labels, classes, mean, std, source, *latents)
+
+
+def choose(labels, limit):
+    """Indices of at most `limit` samples, as many of each class as possible, seeded.  0 = all."""
+    if not limit or limit >= len(labels):
+        return np.arange(len(labels))
+    shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    turn = np.arange(len(labels)) - np.repeat(first, counts)         # 0 for the first of each class, 1 for the second, ...
+    return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
+
+
+# ---------------------------------------------------------------- STL-10
+
+STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+STL10_SIDE, STL10_BYTES = 96, 3 * 96 * 96
+
+
+def read_stl10(config, split):
+    """stl10_binary/{train,test,unlabeled}_X.bin: uint8, one image after another, each plane by columns."""
+    folder = Path(config.data_dir) / "stl10_binary"
+    if not folder.exists() and config.download:
+        _download(torchvision.datasets.STL10, config.data_dir, split="train")
+    parts, labels = [], []
+    source = dict(dataset="stl10", limit=config.limit, size=config.image_size)
+    for name in {"pretrain": ("unlabeled", "train"), "train": ("train",), "val": ("test",)}[split]:
+        x = _stl10_images(folder / f"{name}_X.bin")
+        y = np.full(len(x), -1) if name == "unlabeled" else _stl10_labels(folder / f"{name}_y.bin", len(x))
+        parts.append(_part(x, y, name, dict(source, file=_stamp(folder / f"{name}_X.bin")), config))
+        labels.append(y if parts[-1].rows is None else y[parts[-1].rows])
+        source[name] = _stamp(folder / f"{name}_X.bin")
+    return parts, np.concatenate(labels), STL10_CLASSES, source
+
+
+def _stl10_images(path):
+    _require(path, "STL-10's binary version lies in DATA_DIR/stl10_binary; fix --data-dir or allow --download")
+    size = path.stat().st_size
+    if size == 0 or size % STL10_BYTES:
+        raise BadInput(f"{path}: {size:,} bytes is not a whole number of 96x96 images ({STL10_BYTES:,} bytes each); fetch it again")
+    planes = np.memmap(path, np.uint8, mode="c").reshape(-1, 3, STL10_SIDE, STL10_SIDE)
+    return planes.transpose(0, 1, 3, 2)                     # stored column by column
+
+
+def _stl10_labels(path, count):
+    _require(path, "it belongs beside the images of the same split; fetch STL-10 again")
+    y = np.fromfile(path, np.uint8).astype(np.int64) - 1    # stored as 1 to 10
+    if len(y) != count:
+        raise BadInput(f"{path}: {len(y):,} labels for {count:,} images; fetch STL-10 again")
+    if y.min() < 0 or y.max() >= len(STL10_CLASSES):
+        raise BadInput(f"{path}: labels run from {y.min() + 1} to {y.max() + 1}, expected 1 to 10; fetch STL-10 again")
+    return y
+
+
+# ---------------------------------------------------------------- CIFAR
+
+def read_cifar(config, split):
+    """CIFAR-10 and -100 through torchvision's readers, which verify checksums."""
+    reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
+    try:
+        data = reader(config.data_dir, train=split != "val")
+    except RuntimeError:
+        if not config.download:
+            raise BadInput(f"{config.data_dir}: no intact {config.dataset} there and --no-download given; "
+                           "fix --data-dir or allow --download") from None
+        data = _download(reader, config.data_dir, train=split != "val")
+    labels, name = np.asarray(data.targets, dtype=np.int64), "val" if split == "val" else "train"
+    source = dict(dataset=config.dataset, part=name, limit=config.limit, size=config.image_size)
+    part = _part(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), labels, name, source, config)
+    return [part], labels if part.rows is None else labels[part.rows], data.classes, source
+
+
+# ---------------------------------------------------------------- image files
+
+def read_folder(config, split):
+    """DIR/{train,val}/<class>/* or, without these two folders, DIR/<class>/* with a seeded 90/10 split."""
+    root, name = Path(config.data_dir), "val" if split == "val" else "train"
+    _require(root, f"--dataset {config.dataset} reads images from --data-dir")
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        classes = sorted({_class_of(f, root / "train") for f in image_files(root / "train")})
+        files, top = image_files(root / name), root / name
+    else:
+        files, top = image_files(root), root
+        classes = sorted({_class_of(f, root) for f in files})
+        held_out = np.random.default_rng(SPLIT_SEED).permutation(len(files)) < max(1, len(files) // 10)
+        files = [f for f, out in zip(files, held_out) if out == (name == "val")]
+        if not files:
+            raise BadInput(f"{root}: a single image cannot be split into train and val; add more")
+    index = {c: i for i, c in enumerate(classes)}
+    names = [_class_of(f, top) for f in files]
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise BadInput(f"{top / unknown[0]}: no such class in {root / 'train'}; both folders must name the same classes")
+    return decoded(files, np.array([index[n] for n in names]), classes, config, name)
+
+
+def read_tiny_imagenet(config, split):
+    """tiny-imagenet-200/train/<wnid>/images/* and val/images/* with val_annotations.txt."""
+    root = Path(config.data_dir) / "tiny-imagenet-200"
+    _require(root, "unpack tiny-imagenet-200.zip into --data-dir")
+    _require(root / "wnids.txt", "Tiny ImageNet lists its 200 classes there; unpack it again")
+    classes = sorted((root / "wnids.txt").read_text().split())
+    if split == "val":
+        _require(root / "val" / "val_annotations.txt", "it names the class of each validation image; unpack it again")
+        lines = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+        files, names = [root / "val" / "images" / line[0] for line in lines], [line[1] for line in lines]
+    else:
+        files = [f for c in classes for f in image_files(root / "train" / c)]
+        names = [f.parents[1].name for f in files]
+    index = {c: i for i, c in enumerate(classes)}
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise BadInput(f"{root}: class {unknown[0]} is not in wnids.txt; unpack Tiny ImageNet again")
+    return decoded(files, np.array([index[n] for n in names]), classes, config, "val" if split == "val" else "train")
+
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
+
+
+def image_files(folder):
+    """All images below `folder`, sorted; hidden files and folders are skipped."""
+    _require(folder, "expected a folder of images")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES
+                   and not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    if not files:
+        raise BadInput(f"{folder}: no image there (looked for {' '.join(sorted(SUFFIXES))} at any depth)")
+    return files
+
+
+def decoded(files, labels, classes, config, name):
+    """Decode the files that --limit leaves, once, at config.image_size, into the cache."""
+    chosen, total, size = choose(labels, config.limit), len(files), config.image_size
+    files = [files[i] for i in chosen]
+    source = dict(dataset=config.dataset, files=fingerprint(files), size=size)
+
+    def fill(array):
+        with ThreadPoolExecutor() as pool:                 # decoding releases the interpreter lock
+            for start in range(0, len(files), 256):
+                chunk = files[start:start + 256]
+                for i, image in enumerate(pool.map(lambda f: decode(f, size), chunk), start):
+                    array[i] = image
+                yield start + len(chunk)
+
+    images = cached(cache_path(config, name), source, (len(files), 3, size, size), np.uint8, fill, f"decoding {name} images")
+    rows = None if len(chosen) == total else chosen
+    return [Part(images, name, rows, total)], labels[chosen], classes, source
+
+
+def decode(path, size):
+    """One image file as uint8 (3, size, size): shorter side resized (bicubic), centre cropped."""
+    try:
+        image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"{path}: not a readable image ({str(error).splitlines()[0]}); mend or remove it") from None
+    if image.shape[1:] != (size, size):
+        image = TF.resize(image, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+        image = TF.center_crop(image, size)
+    return image.numpy()
+
+
+def fingerprint(files):
+    """Names, sizes and times of files, hashed: changes when one is added, removed or replaced."""
+    digest = hashlib.sha256()
+    for file in files:
+        _require(file, "listed but absent; fetch the data set again")
+        status = file.stat()
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- embedded solids
+
+SOLIDS_OBJECTS = 4800             # training objects when --limit is not given; a quarter as many for val
+
+
+def read_solids(config, split):
+    """Procedural renders of solids.py; --limit counts training objects."""
+    part = "val" if split == "val" else "train"
+    count = config.limit or SOLIDS_OBJECTS
+    count = max(len(solids.CLASSES), count // 4) if part == "val" else count
+    views, size = config.object_views, config.image_size
+    settings = dict(seed=SPLIT_SEED, rotation_range=config.rotation_range)
+    source = dict(dataset="solids", part=part, code=_digest(solids.__file__), **settings)
+
+    def fill(array):
+        for objects, images in solids.render_split(part, count, views, size, **settings):
+            array[objects] = images
+            yield objects.stop
+
+    path = cache_path(config, f"{part}-{views}views")
+    images = cached(path, source, (count, views, 3, size, size), np.uint8, fill, f"rendering {part} solids")
+    latents = solids.sample_latents(count, views, split=part, **settings)
+    labels = solids.sample_objects(count, SPLIT_SEED, part).labels
+    return [Part(images, part, None, count)], labels.numpy(), list(solids.CLASSES), dict(source, shape=images.shape), latents.numpy()
+
+
+# ---------------------------------------------------------------- shared by the readers
+
+def _require(path, hint):
+    if not path.exists():
+        raise BadInput(f"{path}: not found; {hint}")
+
+
+def _stamp(path):
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _download(reader, root, **which):
+    try:
+        return reader(root, download=True, **which)
+    except Exception as error:          # torchvision raises many kinds: no network, wrong checksum, no room
+        raise BadInput(f"{root}: could not download {reader.__name__} ({error}); place the files there by hand") from None
+
+
+def _part(images, labels, name, source, config):
+    """What --limit leaves of `images` (N, 3, s, s), at config.image_size: as it is, or resized into the cache."""
+    chosen, total, size = choose(labels, config.limit), len(images), config.image_size
+    rows = None if len(chosen) == total else chosen
+    images = images if rows is None else np.ascontiguousarray(images[rows])
+    if images.shape[-1] == size:
+        return Part(images, name, rows, total)
+
+    def fill(array):
+        for start in range(0, len(images), 1024):
+            chunk = torch.from_numpy(np.ascontiguousarray(images[start:start + 1024]))
+            array[start:start + len(chunk)] = TF.resize(chunk, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+            yield start + len(chunk)
+
+    shape = (len(images), 3, size, size)
+    return Part(cached(cache_path(config, name), source, shape, np.uint8, fill, f"resizing {name} images"), name, rows, total)
+
+
+def _class_of(file, root):
+    """First folder below root; images that lie in root itself form one class."""
+    parts = file.relative_to(root).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+READERS = {
+    "stl10": read_stl10, "cifar10": read_cifar, "cifar100": read_cifar, "tiny-imagenet": read_tiny_imagenet,
+    "imagenet": read_folder, "folder": read_folder, "solids": read_solids,
+}
+
+
+def _digest(file):
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -1,0 +1,107 @@
+"""Probes (seq-JEPA Secs. 4.3, A.2): small heads on frozen features, and the numbers that describe features.
+
+    features = extract(model, views, ...)    every tensor the probes need, computed once, without gradient
+    head     = fit(head, x, y, ...)          trained on those plain tensors: the model cannot be touched
+
+Frozen means frozen: extraction runs under eval() and inference mode, so BatchNorm and dropout are as at
+test time and no buffer moves. Where the paper draws fresh views every epoch, extraction draws S samplings
+of every sample and epoch e trains on sampling e mod S.
+Checked in tests/test_probes.py against scikit-learn and closed-form solutions.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from build import seed_all
+
+
+class Features(NamedTuple):
+    """Frozen features of N samples, each seen S times as a sequence of V views; on the CPU, float32."""
+    z_clean: torch.Tensor   # (S, N, D) encoder output of what the mode calls its clean image
+    z: torch.Tensor         # (S, N, V, D) of every view
+    z_agg: dict             # {M: (S, N, D+E)} aggregate of the first M views and the actions between them
+    actions: torch.Tensor   # (S, N, V-1, A)
+    params: torch.Tensor    # (S, N, V, P)
+    labels: torch.Tensor    # (N,)
+
+
+@torch.inference_mode()
+def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=256, what="features"):
+    """Features of every sample of `views` for the inference lengths M_val in `lengths`."""
+    was_training = model.training
+    model.eval()
+    N, V = len(views), max(max(lengths), 1) + 1
+    rows = []
+    for s in range(samplings):
+        for start in tqdm(range(0, N, batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False):
+            index = torch.arange(start, min(start + batch_size, N))
+            seed_all(seed, s, start)
+            batch = views(index, V - 1)
+            z, a = model.encode(batch.views), model.embed(batch.actions)
+            rows.append((model.encoder(views.clean(index)), z, batch.actions, batch.params, batch.labels,
+                         *(model.aggregate(z[:, :M], a[:, :M - 1]) for M in lengths)))
+    model.train(was_training)
+    z_clean, z, actions, params, labels, *z_agg = (torch.cat(column).float().cpu().unflatten(0, (samplings, N)) for column in zip(*rows))
+    return Features(z_clean, z, dict(zip(lengths, z_agg)), actions, params, labels[0].long())
+
+
+def linear_head(d_in, d_out):
+    return nn.Linear(d_in, d_out)
+
+
+def mlp_head(d_in, d_out):
+    """One hidden layer of 1024 with ReLU (A.2)."""
+    return nn.Sequential(nn.Linear(d_in, 1024), nn.ReLU(), nn.Linear(1024, d_out))
+
+
+def fit(head, x, y, loss, epochs, *, batch_size=256, seed=0, device="cpu"):
+    """Train `head` with Adam, default settings (A.2).
+
+    x (S, N, d), y (S, N, ...) or (N, ...): epoch e sees sampling e mod S.  loss: (output, target) -> scalar."""
+    S, N, _ = x.shape
+    y = y.expand(S, *y.shape) if y.shape[:2] != (S, N) else y
+    seed_all(seed)
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()                          # so that a probe's start depends on `seed` alone
+    head, x, y = head.to(device).train(), x.to(device), y.to(device)
+    optimizer = torch.optim.Adam(head.parameters(), fused=True)
+    for epoch in range(epochs):
+        order = torch.randperm(N).to(device)
+        for rows in order.split(batch_size):
+            optimizer.zero_grad(set_to_none=True)
+            loss(head(x[epoch % S, rows]), y[epoch % S, rows]).backward()
+            optimizer.step()
+    return head.eval()
+
+
+@torch.inference_mode()
+def accuracy(head, x, y):
+    """Top-1 in per cent, averaged over samplings.  x (S, N, d), y (N,)."""
+    return 100 * (head(x).argmax(-1) == y).float().mean().item()
+
+
+def r2(prediction, target):
+    """R^2 per output dimension: 1 - SSE/SST, (n, k), (n, k) -> (k,).  Its mean is the score the paper reports.
+
+    As scikit-learn: a constant target scores 1 if predicted exactly, else 0."""
+    sse = (target - prediction).square().sum(0)
+    sst = (target - target.mean(0)).square().sum(0)
+    score = 1 - sse / sst.clamp_min(torch.finfo(sst.dtype).tiny)
+    return torch.where(sst > 0, score, (sse == 0).to(score))
+
+
+def feature_std(z):
+    """Spread of features (n, D): std of the L2-normalised z per dimension, times sqrt(D). 1 is healthy, 0 collapsed."""
+    z = F.normalize(z.detach().float(), dim=1)
+    return (z.std(0).mean() * z.shape[1] ** 0.5).item()
+
+
+def effective_rank(z):
+    """RankMe (Garrido et al., 2023) of features (n, D): exp of the entropy of the normalised singular values."""
+    s = torch.linalg.svdvals(z.detach().float())
+    p = s / s.sum().clamp_min(1e-12)
+    return torch.exp(-(p * torch.log(p + 1e-12)).sum()).item()

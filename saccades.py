@@ -1,0 +1,115 @@
+"""Saccades (seq-JEPA Secs. 2.3, A.1): where the eye lands, what it sees there, how it moved.
+
+    saliency (B, H, W)  ->  fixations (B, K, 2) as (row, column), pixels
+    images (B, 3, H, W) uint8, fixations  ->  patches (B, K, 3, p, p), normalised
+
+Fixations are drawn from the saliency map. Inhibition of return (IoR) then zeroes the probability in a
+square of side p, the patch width, around each earlier fixation. The patch of fixation (r, c) holds
+rows r - p//2 ... r - p//2 + p - 1 of the image and the same columns: an exact crop, with zeros where
+it reaches beyond the border. The inhibited square is the patch's own footprint.
+
+Action: (x, y) displacement of the patch centre in units of the image side, x to the right, y down.
+
+Nothing here loops over samples or waits for the device. Differs from the authors' code, which crops at
+the transposed place, resamples the patch, and drops IoR when saliency is off.
+Checked in tests/test_saccades.py.
+"""
+import torch
+
+from datasets import Batch, Store, normalise
+from saliency import saliency_maps
+
+FLOOR = 1e-30    # mass of a pixel the map calls impossible: never drawn while any real mass is left
+
+
+def _draw(weights, generator=None):
+    """One index per row, in proportion to weights (B, n) >= 0.  -> (B, 1)
+
+    Inverse CDF. u lies in (0, total], and the first entry whose running sum reaches u has weight > 0."""
+    cdf = weights.cumsum(1)
+    u = 1 - torch.rand(len(weights), 1, device=weights.device, generator=generator)
+    return torch.searchsorted(cdf, u * cdf[:, -1:])
+
+
+def sample_fixations(saliency, count, patch_size, ior=True, generator=None):
+    """Draw `count` fixations per image.  saliency (B, H, W) >= 0, any scale  ->  (B, count, 2) int64.
+
+    Two draws make a fixation: a row from the row sums, then a column from that row. IoR edits only the
+    p rows it touches, so only their sums are computed again: this is what makes it fast.
+    Fall-backs: where no mass is left, uniform over what is not inhibited (that is what FLOOR does);
+    where everything is inhibited, uniform over the image."""
+    B, H, W = saliency.shape
+    batch = torch.arange(B, device=saliency.device)[:, None]
+    offsets = torch.arange(patch_size, device=saliency.device) - patch_size // 2
+    columns = torch.arange(W, device=saliency.device)
+    mass = saliency.float() + FLOOR
+    row_mass = mass.sum(2)
+    fixations = []
+    for k in range(count):
+        any_left = row_mass.sum(1, keepdim=True) > 0
+        row = _draw(torch.where(any_left, row_mass, 1.0), generator)                     # (B, 1)
+        column = _draw(torch.where(any_left, mass[batch, row][:, 0], 1.0), generator)
+        fixations.append(torch.cat([row, column], dim=1))
+        if ior and k + 1 < count:
+            rows = (row + offsets).clamp(0, H - 1)                                       # (B, p)
+            from_left = columns - (column + offsets[0])                                  # (B, W)
+            outside = (from_left < 0) | (from_left >= patch_size)
+            kept = mass[batch, rows] * outside[:, None]
+            mass[batch, rows] = kept
+            row_mass[batch, rows] = kept.sum(2)
+    return torch.stack(fixations, dim=1)
+
+
+def crop_patches(images, fixations, patch_size, mean, std):
+    """Integer crops around fixations, normalised, zero beyond the border.
+
+    images (B, 3, H, W) uint8, fixations (B, K, 2), mean and std (3,) of pixels in [0, 1]
+    ->  (B, K, 3, p, p) float32.  Rows are copied whole, then columns are picked from them."""
+    B, C, H, W = images.shape
+    K, p = fixations.shape[1], patch_size
+    window = fixations[..., None] + torch.arange(p, device=images.device) - p // 2       # (B, K, 2, p)
+    rows, columns = window[:, :, 0], window[:, :, 1]                                     # may lie outside
+    plane = torch.arange(B * C, device=images.device).view(B, C, 1, 1) * H
+    picked = (plane + rows.clamp(0, H - 1).view(B, 1, K, p)).flatten()
+    strips = images.reshape(B * C * H, W).index_select(0, picked).view(B, C, K, p, W)
+    pick = columns.clamp(0, W - 1)[:, None, :, None, :].expand(B, C, K, p, p)
+    inside = ((rows >= 0) & (rows < H))[..., :, None] & ((columns >= 0) & (columns < W))[..., None, :]
+    patches = normalise(strips.gather(4, pick), mean, std, channel_dim=1).mul_(inside[:, None])
+    return patches.transpose(1, 2)
+
+
+class Saccades:
+    """Mode `saccade`: sample indices -> Batch of foveal patches along a scanpath.
+
+    split: datasets.Split; renders of one object count as separate images.
+    actions (B, M, 2): relative (x, y).  params (B, M+1, 2): the fixation's own (x, y), image sides."""
+
+    groups = {"position": slice(0, 2)}
+    param_groups = {"position": slice(0, 2)}
+
+    def __init__(self, split, config, device):
+        images = [part.images.reshape(-1, *part.images.shape[-3:]) for part in split.parts]
+        self.images = Store(images, device)
+        self.saliency = Store(saliency_maps(config.saliency, split, config, device), device)
+        self.labels = torch.from_numpy(split.labels).repeat_interleave(len(self.images) // len(split.labels))
+        self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
+        self.image_size, self.patch_size, self.ior = config.image_size, config.patch_size, config.ior
+        self.classes, self.device = split.classes, device
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __call__(self, index, M):
+        """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
+        fixations, patches = self.scanpaths(index, M + 1)
+        position = fixations.flip(2) / self.image_size                                   # (row, column) -> (x, y)
+        return Batch(patches, position.diff(dim=1), position, self.labels[index].to(self.device))
+
+    def scanpaths(self, index, count):
+        """Look at each image `count` times: fixations (B, count, 2), patches (B, count, 3, p, p)."""
+        fixations = sample_fixations(self.saliency[index], count, self.patch_size, self.ior)
+        return fixations, crop_patches(self.images[index], fixations, self.patch_size, self.mean, self.std)
+
+    def clean(self, index):
+        """What z is probed on: the whole image, (B, 3, H, W). The encoder pools, so any size will do."""
+        return normalise(self.images[index], self.mean, self.std, channel_dim=1)

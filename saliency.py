@@ -1,0 +1,148 @@
+"""Where would a person look? Saliency maps that fixations are drawn from (seq-JEPA Secs. 2.3, A.1).
+
+    images (N, 3, S, S) uint8  ->  maps (N, S, S), float16 or float32, >= 0, any scale per image
+
+Three sources, chosen by --saliency:
+  signature   embedded: the image signature of Hou, Harel & Koch (TPAMI 2012) with a centre prior,
+              a bottom-up method in a few matrix products; computed once and cached
+  DIR         published maps, one file a split: DIR/saliency_SPLIT.npy or DIR/SPLIT/saliency_SPLIT.npy,
+              (N, 1, S, S) or (N, S, S), in the order of the data set
+  deepgaze    the paper's: DeepGaze IIE through the package deepgaze_pytorch, computed once and cached
+  uniform     none: every pixel alike (Table 3, "no saliency")
+Checked in tests/test_saliency.py.
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cache import cache_path, cached, open_array
+from config import BadInput
+
+SIGNATURE_SIZE = 64           # Hou et al. work on a thumbnail of about 64 x 48
+SIGNATURE_BLUR = 0.05         # of the image side; their best setting is 0.045 of the width
+CENTRE_PRIOR = 0.35           # standard deviation of the Gaussian centre prior, image sides
+DEEPGAZE_SIZE = 512           # A.1
+
+
+def saliency_maps(source, split, config, device):
+    """Maps for every image of a datasets.Split: a list of arrays whose rows line up with its images.
+
+    source: "signature", "uniform", "deepgaze" or a folder, as --saliency.
+    Raises: BadInput if published maps do not fit the images, or deepgaze_pytorch is not installed."""
+    if source == "uniform":
+        return [np.broadcast_to(np.ones(1, np.float16), (*_flat(p.images).shape[:1], *p.images.shape[-2:])) for p in split.parts]
+    if source in ("signature", "deepgaze"):
+        method = image_signature if source == "signature" else deepgaze(config, device)
+        return [_computed(method, source, part, split, config, device) for part in split.parts]
+    return [published(Path(source), part, config.image_size) for part in split.parts]
+
+
+def _flat(images):
+    return images.reshape(-1, *images.shape[-3:])
+
+
+def _computed(method, name, part, split, config, device):
+    """Maps of one part by `method`, cached; scaled to a maximum of 1 per image, as float16 then holds them well."""
+    images = _flat(part.images)
+    N, _, S, _ = images.shape
+
+    def fill(array):
+        for start in range(0, N, 64):
+            batch = torch.from_numpy(np.ascontiguousarray(images[start:start + 64])).to(device)
+            maps = method(batch)
+            array[start:start + len(batch)] = (maps / maps.amax((1, 2), keepdim=True)).half().cpu().numpy()
+            yield start + len(batch)
+
+    key = dict(source=split.source, part=part.name, method=name, version=1)
+    return cached(cache_path(config, f"{part.name}-{name}"), key, (N, S, S), np.float16, fill, f"saliency of {N:,} {part.name} images")
+
+
+def published(folder, part, size):
+    """Maps from a file, for the images that part.rows selects: (n, S, S).
+
+    Raises: BadInput if the file is absent, damaged, or of another count or size."""
+    candidates = [folder / f"saliency_{part.name}.npy", folder / part.name / f"saliency_{part.name}.npy"]
+    path = next((c for c in candidates if c.exists()), None)
+    if path is None:
+        raise BadInput(f"--saliency {folder}: expected signature, uniform, deepgaze, or a folder with {candidates[0].name}")
+    maps = open_array(path)
+    expected = (part.total, size, size)
+    if maps.ndim == 4 and maps.shape[1] == 1:
+        maps = maps[:, 0]
+    if maps.shape != expected or maps.dtype.kind != "f":
+        raise BadInput(f"{path}: maps are {maps.dtype} {maps.shape}, expected floats {expected} or (N, 1, S, S); "
+                       "they must be one map per image of this data set at --image-size")
+    return maps if part.rows is None else maps[part.rows]
+
+
+def deepgaze(config, device):
+    """DeepGaze IIE as a function of images (B, 3, S, S) uint8 -> maps (B, S, S).  A.1: shown at 512x512.
+
+    Its centre bias is DATA_DIR/centerbias_mit1003.npy (log density, any size) if there, else our Gaussian prior.
+    Raises: BadInput if the package is absent."""
+    try:
+        from deepgaze_pytorch import DeepGazeIIE
+    except ImportError:
+        raise BadInput("--saliency deepgaze: needs the package deepgaze_pytorch (github.com/matthias-k/DeepGaze); "
+                       "install it or use --saliency signature") from None
+    model, n = DeepGazeIIE(pretrained=True).to(device).eval(), DEEPGAZE_SIZE
+    bias_file = Path(config.data_dir) / "centerbias_mit1003.npy"
+    if bias_file.exists():
+        bias = torch.tensor(open_array(bias_file), dtype=torch.float32)[None, None]
+        bias = F.interpolate(bias, size=(n, n), mode="bilinear", align_corners=False)[0, 0]
+    else:
+        bias = centre_prior(n).log()
+    bias = (bias - bias.flatten().logsumexp(0)).to(device)
+
+    @torch.inference_mode()
+    def density(images):
+        x = F.interpolate(images.float(), size=(n, n), mode="bilinear", align_corners=False)     # 0 to 255, as it expects
+        log_density = model(x, bias.expand(len(x), n, n)).view(len(x), 1, n, n)
+        S = images.shape[-1]
+        return F.interpolate(log_density.exp(), size=(S, S), mode="bilinear", antialias=True, align_corners=False)[:, 0]
+
+    return density
+
+
+def centre_prior(n, device=None):
+    """Gaussian centre prior (n, n), 1 in the middle: people look there whatever the picture."""
+    position = (torch.arange(n, device=device) + 0.5) / n - 0.5
+    g = torch.exp(-0.5 * (position / CENTRE_PRIOR) ** 2)
+    return g[:, None] * g
+
+
+def dct_matrix(n):
+    """Orthonormal DCT-II: (n, n), so that C @ x transforms the columns of x and C.T @ (C @ x) = x."""
+    k, i = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    C = torch.cos(math.pi * (i + 0.5) * k / n) * math.sqrt(2 / n)
+    C[0] /= math.sqrt(2)
+    return C
+
+
+def gaussian_matrix(n, sigma):
+    """Blur along one axis as a matrix (n, n); rows sum to 1, so borders do not darken."""
+    i = torch.arange(n, dtype=torch.float32)
+    G = torch.exp(-0.5 * ((i[:, None] - i) / sigma) ** 2)
+    return G / G.sum(1, keepdim=True)
+
+
+def image_signature(images):
+    """Saliency by the sign of the DCT: what stands out from a smooth ground survives the sign.
+
+    images (B, 3, S, S) uint8 -> (B, S, S) float32, sums to 1 per image.
+    Per opponent channel: x_hat = IDCT(sign(DCT(x))); saliency = blur(sum of x_hat^2) * centre prior."""
+    S, n = images.shape[-1], SIGNATURE_SIZE
+    x = F.interpolate(images.float() / 255, size=(n, n), mode="bilinear", antialias=True, align_corners=False)
+    r, g, b = x.unbind(1)
+    opponent = torch.stack([(r + g + b) / 3, r - g, b - (r + g) / 2], dim=1)
+    C, G = dct_matrix(n).to(x), gaussian_matrix(n, SIGNATURE_BLUR * n).to(x)
+    spectrum = C @ opponent @ C.T
+    # Rounding noise has a sign too: without the threshold a one-colour image would get a random map.
+    sign = torch.where(spectrum.abs() > 1e-3, spectrum.sign(), 0.0)
+    energy = (C.T @ sign @ C).square().sum(1)                                  # (B, n, n)
+    blurred = F.interpolate((G @ energy @ G.T)[:, None], size=(S, S), mode="bilinear", align_corners=False)[:, 0]
+    saliency = (blurred + 1e-6) * centre_prior(S, x.device)
+    return saliency / saliency.sum((1, 2), keepdim=True)

@@ -1,0 +1,310 @@
+"""augmentations.py against torchvision.transforms.v2.functional, image by image, and against its own promises."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, kstest, ks_2samp
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import InterpolationMode, functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import augmentations as A
+
+TOLERANCE = 3e-6  # float32 pixels in [0, 1], whose last bit is 6e-8; the largest difference seen is 1.5e-6
+ALWAYS = A.Recipe(jitter=1.0, grey=0.3, solarise=0.5, sigma=(0.1, 2.0))
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(n, H, W, seed=0):
+    """Noise, smooth gradients, one-colour and grey images, black and white: every kind once in six."""
+    images = torch.rand(n, 3, H, W, generator=seeded(seed))
+    images[1::6] = torch.linspace(0, 1, W) * images[1::6, :, :1, :1]
+    images[2::6] = images[2::6, :, :1, :1]
+    images[3::6] = images[3::6, :1]
+    images[4::6] = images[4::6].round()
+    images[5::12], images[11::12] = 0, 1
+    return images
+
+
+def one_by_one(function, images, *parameters):
+    return torch.stack([function(image, *values) for image, *values in zip(images, *parameters)])
+
+
+def assert_close(ours, theirs):
+    assert ours.shape == theirs.shape and ours.isfinite().all()
+    assert (ours - theirs).abs().max() < TOLERANCE
+
+
+# torchvision's side, one image and plain Python numbers at a time
+
+def tv_crop(image, crop, flip, size):
+    view = F.resized_crop(image, *map(int, crop.tolist()), [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return (F.horizontal_flip(view) if flip else view).clamp(0, 1)
+
+
+def tv_jitter(image, jitter, order):
+    operations = F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue
+    for k in order.tolist():
+        image = operations[k](image, jitter[k].item())
+    return image
+
+
+def tv_grey(image, grey):
+    return F.rgb_to_grayscale(image, 3) if grey else image
+
+
+def tv_blur(image, sigma, kernel_size):
+    return F.gaussian_blur(image, [kernel_size] * 2, [sigma.item()] * 2) if sigma > 0 else image
+
+
+def tv_solarise(image, solarised):
+    return F.solarize(image, 0.5) if solarised else image
+
+
+def tv_chain(image, crop, flip, jitter, order, grey, sigma, solarised, size):
+    image = tv_jitter(tv_crop(image, crop, flip, size), jitter, order)
+    return tv_solarise(tv_blur(tv_grey(image, grey), sigma, A.blur_kernel_size(size)), solarised)
+
+
+# every operation
+
+@pytest.mark.parametrize("H, W, size", [(32, 32, 32), (64, 64, 64), (37, 53, 32), (96, 40, 21), (20, 33, 64)])
+def test_crop_and_flip(H, W, size):
+    images = random_images(60, H, W)
+    p = A.sample(60, (H, W), generator=seeded(1))
+    corner = torch.tensor([[0, 0, 9, 7], [0, W - 7, 9, 7], [H - 9, 0, 9, 7], [H - 9, W - 7, 9, 7],
+                           [0, 0, H, W], [H - 1, W - 1, 1, 1], [3, 0, 1, W], [0, 5, H, 1]]).float()
+    p.crop[:8] = corner
+    p.crop[8:16] = corner
+    p.flip[:16] = torch.arange(16) < 8
+    ours = A.resized_crop_flip(images, p.crop, p.flip, size)
+    assert_close(ours, one_by_one(lambda *a: tv_crop(*a, size), images, p.crop, p.flip))
+
+
+def test_whole_image_is_the_identity_and_flip_mirrors():
+    images = random_images(2, 32, 32)
+    whole = torch.tensor([[0.0, 0, 32, 32]] * 2)
+    views = A.resized_crop_flip(images, whole, torch.tensor([False, True]), 32)
+    assert torch.equal(views[0], images[0]) and torch.equal(views[1], images[1].flip(-1))
+
+
+@pytest.mark.parametrize("column, function, low, high", [
+    (A.BRIGHTNESS, F.adjust_brightness, 0, 2), (A.CONTRAST, F.adjust_contrast, 0, 2),
+    (A.SATURATION, F.adjust_saturation, 0, 2), (A.HUE, F.adjust_hue, -0.5, 0.5)])
+def test_one_jitter_operation(column, function, low, high):
+    images = random_images(60, 33, 32)
+    values = torch.linspace(low, high, 60)
+    jitter = torch.tensor([1.0, 1, 1, 0]).repeat(60, 1)
+    jitter[:, column] = values
+    ours = A.colour_jitter(images, jitter, torch.arange(4).repeat(60, 1))
+    assert_close(ours, one_by_one(lambda image, value: function(image, value.item()), images, values))
+
+
+def test_jitter_in_all_24_orders():
+    order = torch.tensor(list(itertools.permutations(range(4)))).repeat(5, 1)
+    images = random_images(120, 32, 32)
+    jitter = 1 + 0.8 * (2 * torch.rand(120, 4, generator=seeded(2)) - 1)  # wide, so that clamping takes place
+    jitter[:, A.HUE] = (jitter[:, A.HUE] - 1) / 2
+    ours = A.colour_jitter(images, jitter, order)
+    assert_close(ours, one_by_one(tv_jitter, images, jitter, order))
+    same_images, same_jitter = images[:1].repeat(24, 1, 1, 1), jitter[:1].repeat(24, 1)
+    by_order = A.colour_jitter(same_images, same_jitter, order[:24]).flatten(1)
+    distance = torch.cdist(by_order, by_order).fill_diagonal_(1)
+    assert (distance > 1e-3).sum() > 500, "the order must matter, or the comparison above shows little"
+
+
+def test_saturation_zero_then_hue_stays_grey():
+    images = torch.rand(8, 3, 16, 16, generator=seeded(3))
+    jitter = torch.tensor([[1.0, 1, 0, 0.3]]).repeat(8, 1)
+    grey = A.colour_jitter(images, jitter, torch.tensor([[2, 3, 0, 1]]).repeat(8, 1))
+    assert_close(grey, A.luminance(images).expand_as(images))
+
+
+def test_greyscale():
+    images, grey = random_images(12, 32, 20), torch.arange(12) % 2 == 0
+    ours = A.greyscale(images, grey)
+    assert_close(ours, one_by_one(tv_grey, images, grey))
+    assert torch.equal(ours[~grey], images[~grey])
+
+
+@pytest.mark.parametrize("size, kernel_size", [(32, 3), (64, 7), (21, 9), (224, 23)])
+def test_blur(size, kernel_size):
+    n = 24 if size < 100 else 6
+    images, sigma = random_images(n, size, size), torch.linspace(0, 2, n)
+    sigma[1] = 0.1
+    ours = A.gaussian_blur(images, sigma, kernel_size)
+    assert_close(ours, one_by_one(lambda *a: tv_blur(*a, kernel_size), images, sigma))
+    assert torch.equal(ours[0], images[0]), "sigma 0 must leave the image as it is"
+
+
+def test_blur_kernel_size():
+    assert [A.blur_kernel_size(size) for size in (16, 32, 64, 96, 224)] == [3, 3, 7, 9, 23]
+
+
+def test_solarise():
+    images, solarised = random_images(12, 32, 20), torch.arange(12) % 2 == 0
+    images[0, 0, 0, 0] = 0.5
+    assert torch.equal(A.solarise(images, solarised), one_by_one(tv_solarise, images, solarised))
+
+
+# the whole chain
+
+@pytest.mark.parametrize("H, W, size", [(32, 32, 32), (64, 64, 64), (45, 61, 32)])
+@pytest.mark.parametrize("recipe", [A.CONTEXT, A.TARGET, ALWAYS])
+def test_chain(H, W, size, recipe):
+    images = random_images(48, H, W)
+    p = A.sample(48, (H, W), recipe, generator=seeded(4))
+    ours = A.apply(images, p, size)
+    assert_close(ours, one_by_one(lambda *a: tv_chain(*a, size), images, *p))
+    assert ours.min() >= 0 and ours.max() <= 1
+
+
+def test_uint8_images_and_untouched_inputs():
+    images = (random_images(16, 32, 32) * 255).byte()
+    p = A.sample(16, 32, ALWAYS, generator=seeded(5))
+    kept_images, kept = images.clone(), A.Params(*(field.clone() for field in p))
+    as_float = images.float() / 255
+    kept_float = as_float.clone()
+    assert torch.equal(A.apply(images, p, 32), A.apply(as_float, p, 32))
+    assert torch.equal(images, kept_images) and torch.equal(as_float, kept_float)
+    assert all(torch.equal(a, b) for a, b in zip(p, kept))
+
+
+def test_identity_parameters_leave_the_image():
+    images = random_images(12, 32, 32)
+    off = A.Recipe(scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grey=0, blur=0)
+    p = A.sample(12, 32, off, generator=seeded(6))
+    assert_close(A.apply(images, p, 32), images)
+    assert torch.equal(A.parameters(p, 32), torch.tensor([[0, 0, 1, 1, 0, 0, 0, 0, 0]] * 12).float())
+
+
+def test_replay_is_bit_equal_and_views_do_not_depend_on_their_neighbours():
+    images = random_images(30, 32, 32)
+    p = A.sample(30, 32, ALWAYS, generator=seeded(7))
+    views = A.apply(images, p, 32)
+    assert torch.equal(A.apply(images, p, 32), views)
+    for i in (0, 13, 29):  # a batch of one; the matrix product may add in another order
+        alone = A.apply(images[i:i + 1], A.Params(*(field[i:i + 1] for field in p)), 32)
+        assert_close(alone, views[i:i + 1])
+
+
+def test_autocast_does_not_reach_the_pixels():
+    images, p = random_images(12, 32, 32), A.sample(12, 32, generator=seeded(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = A.apply(images, p, 32)
+    assert inside.dtype == torch.float32 and torch.equal(inside, A.apply(images, p, 32))
+
+
+def test_apply_refuses_what_does_not_fit():
+    p = A.sample(4, 32)
+    with pytest.raises(AssertionError, match="RGB"):
+        A.apply(torch.rand(4, 1, 32, 32), p, 32)
+    with pytest.raises(AssertionError, match="5 images need 5 rows"):
+        A.apply(torch.rand(5, 3, 32, 32), p, 32)
+
+
+# actions
+
+def test_parameters_are_scaled_by_constants():
+    p = A.Params(crop=torch.tensor([[8.0, 12, 16, 48]]), flip=torch.tensor([True]),
+                 jitter=torch.tensor([[1.4, 0.8, 0.9, -0.1]]), order=torch.tensor([[3, 1, 0, 2]]),
+                 grey=torch.tensor([True]), sigma=torch.tensor([0.5]), solarise=torch.tensor([True]))
+    expected = torch.tensor([[0.25, 0.1875, 0.5, 0.75, 1, -0.5, -0.5, -1, 0.25]])
+    torch.testing.assert_close(A.parameters(p, (32, 64)), expected)
+    assert len(A.NAMES) == 9 and sorted(i for s in A.GROUPS.values() for i in range(9)[s]) == list(range(9))
+
+
+def test_parameter_ranges():
+    p = A.sample(20000, (32, 48), generator=seeded(9))
+    values = A.parameters(p, (32, 48))
+    lower = torch.tensor([0.0, 0, 0, 0, -1, -1, -1, -1, 0])
+    assert (values >= lower - 1e-6).all() and (values <= 1 + 1e-6).all()
+    assert (values.amin(0) < lower + 0.21)[[0, 1, 4, 5, 6, 7, 8]].all() and (values.amax(0) > 0.79)[2:].all()
+
+
+def test_actions_depend_on_their_own_two_views_only():
+    views = [A.sample(6, 32, generator=seeded(s)) for s in range(4)]
+    other = views[:2] + [A.sample(6, 32, generator=seeded(s)) for s in (20, 21)]
+    before, after = (A.parameters(A.stack(v), 32).view(6, 4, 9).diff(dim=1) for v in (views, other))
+    assert torch.equal(before[:, 0], after[:, 0]), "the action 0 -> 1 moved with views 2 and 3"
+    assert (before[:, 1:] != after[:, 1:]).any(-1).all()
+
+
+def test_stack_puts_the_views_of_a_sample_side_by_side():
+    views = [A.sample(5, 32, recipe, generator=seeded(s)) for s, recipe in enumerate([A.CONTEXT, A.CONTEXT, A.TARGET])]
+    stacked = A.stack(views)
+    for name in A.Params._fields:
+        for v in range(3):
+            assert torch.equal(getattr(stacked, name)[v::3], getattr(views[v], name)), name
+
+
+# sampling
+
+def test_recipes_are_equimods():
+    shared = dict(scale=(0.2, 1), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=0.8, half_range=(0.4, 0.4, 0.2, 0.1), grey=0.2,
+                  sigma=(0.1, 2))
+    assert A.CONTEXT._asdict() == dict(shared, blur=1, solarise=0)
+    assert A.TARGET._asdict() == dict(shared, blur=0.1, solarise=0.2)
+
+
+@pytest.mark.parametrize("recipe", [A.CONTEXT, A.TARGET])
+def test_probabilities(recipe):
+    n = 20000
+    p = A.sample(n, 32, recipe, generator=seeded(10))
+    jittered = (p.jitter != torch.tensor([1.0, 1, 1, 0])).any(1)
+    happened = dict(flip=p.flip, jitter=jittered, grey=p.grey, blur=p.sigma > 0, solarise=p.solarise)
+    for name, flags in happened.items():
+        probability = getattr(recipe, name)
+        assert binomtest(int(flags.sum()), n, probability).pvalue > 1e-3, (name, flags.float().mean())
+    pairs = np.corrcoef(torch.stack([p.flip, jittered, p.grey]).double().numpy())
+    assert np.abs(pairs - np.eye(3)).max() < 4 / math.sqrt(n), "the draws must be independent"
+
+
+def test_values_are_uniform_in_their_ranges():
+    p = A.sample(20000, 32, generator=seeded(11))
+    jitter = p.jitter[(p.jitter != torch.tensor([1.0, 1, 1, 0])).any(1)].double()
+    for column, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        assert kstest(jitter[:, column].numpy(), "uniform", (low, high - low)).pvalue > 1e-3
+    assert np.abs(np.corrcoef(jitter.T.numpy()) - np.eye(4)).max() < 4 / math.sqrt(len(jitter))
+    assert kstest(p.sigma.double().numpy(), "uniform", (0.1, 1.9)).pvalue > 1e-3
+    counts = torch.unique(p.order, dim=0, return_counts=True)[1].double()
+    assert len(counts) == 24
+    assert ((counts - 20000 / 24) ** 2 / (20000 / 24)).sum() < 49.7  # chi-square, 23 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("H, W", [(32, 32), (64, 64), (40, 90), (20, 100)])
+def test_crops_are_distributed_as_torchvisions(H, W):
+    n = 4000
+    ours = A.sample(n, (H, W), generator=seeded(12)).crop
+    assert torch.equal(ours, ours.round()) and (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
+    assert (ours[:, 0] + ours[:, 2] <= H).all() and (ours[:, 1] + ours[:, 3] <= W).all()
+    with torch.random.fork_rng():
+        torch.manual_seed(13)
+        image = torch.empty(3, H, W)
+        theirs = torch.tensor([RandomResizedCrop.get_params(image, A.CONTEXT.scale, A.CONTEXT.ratio) for _ in range(n)])
+    statistics = lambda c: torch.cat([c, c[:, 2:3] * c[:, 3:], c[:, 2:3] / c[:, 3:], c[:, :2] + c[:, 2:] / 2], 1)
+    for a, b in zip(statistics(ours.double()).T, statistics(theirs.double()).T):
+        assert ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-3
+
+
+def test_crop_fallback_is_torchvisions():
+    for H, W in [(10, 100), (100, 10), (32, 32)]:
+        never = A.Recipe(scale=(5, 5))  # no shape fits
+        ours = A.sample(3, (H, W), never, generator=seeded(14)).crop
+        theirs = RandomResizedCrop.get_params(torch.empty(3, H, W), never.scale, never.ratio)
+        assert (ours == torch.tensor(theirs)).all(), (ours, theirs)
+
+
+def test_seeds():
+    a, same, other = (A.sample(50, 32, A.TARGET, generator=seeded(s)) for s in (1, 1, 2))
+    for name, x, y, z in zip(A.Params._fields, a, same, other):
+        assert torch.equal(x, y), name
+        assert not torch.equal(x, z), name

@@ -1,0 +1,201 @@
+"""Pre-train a world model.
+
+    python train.py --dataset stl10 --mode saccade            the paper's STL-10 experiment (Sec. 5.4)
+    python train.py --dataset solids --mode saccade --quick   minutes on a laptop, nothing to download
+    python train.py ... --resume                              exactly where it stopped
+
+Prints a progress bar with images/s and the time left; writes runs/NAME/ (see runs.py). Settings: config.py.
+Step t draws its views and its dropout from (seed, epoch, step) alone, so a resumed run repeats what an
+uninterrupted one would have done. Optimisation: seq-JEPA Sec. 4.2. Checked in tests/test_train.py.
+"""
+import copy
+import functools
+import math
+import signal
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import config as settings
+import figures
+import runs
+from build import build_model, build_views, pick_device, seed_all
+from config import BadInput
+from probes import effective_rank, feature_std
+
+SAVE_SECONDS = 60           # between checkpoints; the end of a run and a signal always save
+LOOK_STEPS = 20             # between looks at the loss: each look waits for the device
+
+
+def lr_at(step, *, steps, warmup, peak, end):
+    """Learning rate of a step: linear from `end` to `peak` over `warmup` steps, then cosine back to `end`."""
+    if step < warmup:
+        return end + (peak - end) * step / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def tau_at(step, *, steps, base):
+    """EMA momentum of the target encoder: from `base` at the first step to 1 at the last, on a cosine (A.3)."""
+    return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
+
+
+def build_optimizer(model, config, device):
+    """AdamW; biases, norms and [AGG], all one-dimensional, are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=config.weight_decay),
+              dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=device.type == "cuda")
+
+
+def compile_or_warn(model, batch, autocast):
+    """Compile the model in place if a trial step on a copy of it succeeds; otherwise one warning and eager."""
+    try:
+        trial = copy.deepcopy(model)
+        trial.compile()
+        with autocast():
+            trial(batch.views, batch.actions).loss.backward()
+        model.compile()                     # in place: parameter names stay free of prefixes
+    except Exception as error:              # the compiler's failures have no common type
+        print(f"torch.compile failed ({type(error).__name__}), running eager; --no-compile hides this line")
+
+
+class Meters:
+    """Sums over an epoch that stay on the device, so that no step waits for them."""
+
+    def __init__(self, device, saved=None):
+        self.loss_sum, self.count, self.first_bad = (torch.zeros((), device=device) for _ in range(3))
+        for name, value in (saved or {}).items():
+            getattr(self, name).fill_(value)
+
+    def add(self, loss, step):
+        """Add a step's loss; remember the first step whose loss was not finite."""
+        self.first_bad = torch.where((self.first_bad == 0) & ~loss.isfinite(), step + 1.0, self.first_bad)
+        self.loss_sum += loss
+        self.count += 1
+
+    def saved(self):
+        return dict(loss_sum=self.loss_sum.item(), count=self.count.item(), first_bad=self.first_bad.item())
+
+    def mean_loss(self):
+        """Mean so far. Waits for the device. Raises BadInput on a loss that was not finite."""
+        if self.first_bad > 0:
+            raise BadInput(f"the loss was not finite at step {int(self.first_bad.item()) - 1}; the checkpoint before it is kept: "
+                           "lower --lr, or look at the data")
+        return (self.loss_sum / self.count).item()
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the loop to save and leave after the step at hand."""
+
+    def __init__(self):
+        self.number = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.set)
+
+    def set(self, number, frame):
+        self.number = number
+
+
+def train(config):
+    """Run (or resume) one pre-training.  Returns the exit status: 0, or 128 + signal if one stopped it."""
+    checkpoint = runs.open_run(config)
+    device = pick_device(config.device)
+    views = build_views(config, "pretrain", device)
+    B, M = config.batch_size, config.views
+    steps_per_epoch = len(views) // B                       # a short last batch would make the graph compile again
+    if steps_per_epoch == 0:
+        raise BadInput(f"--batch-size {B}: more than the {len(views):,} samples there are; lower it")
+    steps, warmup = config.epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
+
+    model = build_model(config, views.groups).to(device, memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(model, config, device)
+    meters, step, first_step = Meters(device), 0, 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        meters, step = Meters(device, checkpoint["meters"]), checkpoint["step"]
+        first_step = step
+    runs.create_run(config)
+    metrics = config.run_dir / "metrics.csv"
+    runs.drop_metrics_after(metrics, step)
+
+    use_amp = config.amp and device.type == "cuda"
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=use_amp)
+    def next_batch(step):
+        epoch, i = divmod(step, steps_per_epoch)
+        index = epoch_order(len(views), config.seed, epoch)[i * B:(i + 1) * B]
+        seed_all(config.seed, epoch, i, 0)                  # the last number is the rank
+        return views(index, M)
+    if config.compile if config.compile is not None else device.type == "cuda":
+        compile_or_warn(model, next_batch(step), autocast)
+
+    stop, saved_at, epoch_start = StopSignal(), time.monotonic(), time.monotonic()
+    bar = tqdm(total=steps * B * (M + 1), initial=step * B * (M + 1), unit="img", unit_scale=True, desc=config.name)
+    while step < steps and stop.number is None:
+        batch = next_batch(step)
+        lr = lr_at(step, steps=steps, warmup=warmup, peak=config.lr, end=config.lr_end)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with autocast():
+            out = model(batch.views, batch.actions)
+        optimizer.zero_grad(set_to_none=True)
+        out.loss.backward()
+        optimizer.step()
+        tau = tau_at(step, steps=steps, base=config.ema)
+        model.update_target(tau)
+        meters.add(out.loss.detach(), step)
+        step += 1
+        bar.update(B * (M + 1))
+
+        if step % LOOK_STEPS == 0 or step % steps_per_epoch == 0:
+            bar.set_postfix(loss=f"{meters.mean_loss():.4f}")
+        if step % steps_per_epoch == 0:
+            seconds = time.monotonic() - epoch_start
+            done = min(steps_per_epoch, step - first_step)
+            row = dict(epoch=step // steps_per_epoch, step=step, loss=meters.mean_loss(), lr=lr, tau=tau,
+                       z_std=feature_std(out.z.flatten(0, 1)), z_rank=effective_rank(out.z.flatten(0, 1)),
+                       z_agg_std=feature_std(out.z_agg), z_agg_rank=effective_rank(out.z_agg),
+                       images_per_second=done * B * (M + 1) / seconds)
+            runs.append_metrics(metrics, row)
+            meters, epoch_start = Meters(device), time.monotonic()
+        if step == steps or time.monotonic() - saved_at > SAVE_SECONDS:
+            save(config, model, optimizer, step, meters)
+            saved_at = time.monotonic()
+    bar.close()
+    if stop.number is not None and step < steps:
+        save(config, model, optimizer, step, meters)
+        print(f"stopped by {signal.Signals(stop.number).name} after step {step} of {steps}; saved, continue with --resume")
+        return 128 + stop.number
+    figures.draw_curves(config.run_dir)
+    print(f"{config.run_dir}: {steps} steps done. Next: python evaluate.py {config.run_dir / 'last.pt'} --figures")
+    return 0
+
+
+def save(config, model, optimizer, step, meters):
+    """Checkpoint, unless the loss has gone bad since the last one."""
+    if meters.count > 0:
+        meters.mean_loss()
+    runs.save_checkpoint(config, model, optimizer, step, meters.saved())
+
+
+@functools.lru_cache(maxsize=1)              # asked for at every step, drawn once an epoch
+def epoch_order(n, seed, epoch):
+    """The order in which an epoch visits n samples: (n,) int64 on the CPU, a function of (seed, epoch)."""
+    seed_all(seed, epoch)
+    return torch.randperm(n)
+
+
+def main(argv=None):
+    try:
+        return train(settings.from_command_line(argv))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
