@@ -1,4 +1,4 @@
-"""Hand-crafted augmentations as actions (seq-JEPA Sec. 3.1, A.1; recipe of EquiMod, Devillers & Lefort 2022).
+"""Hand-crafted augmentations as actions (seq-JEPA Sec. 2.3, A.1; recipe of EquiMod, Devillers & Lefort 2022).
 
     sample(n, image_size, recipe, device)     -> Params, one row per view
     apply(images (n, 3, H, W), params, size)  -> views (n, 3, size, size), float in [0, 1]
@@ -12,7 +12,7 @@ identity (factor 1, hue shift 0, sigma 0) instead of skipping it.
 
 Agrees with torchvision.transforms.v2.functional image by image on float images (tests/test_augmentations.py).
 On uint8 images torchvision rounds after every operation; we convert to float once and only clamp where it clamps.
-With TF32 matrix products switched on, crop and blur are exact to about 1e-3 only.
+With TF32 matrix products switched on, crop and blur are only as exact as its 10-bit mantissa (1e-3).
 
 Differs from the authors' code: a parameter is divided by a fixed constant (crop by the image size, jitter by its
 half-range, sigma by its maximum), not normalised over the views of a sequence, so that an action depends on
@@ -23,6 +23,8 @@ import math
 from typing import NamedTuple
 
 import torch
+
+from datasets import Batch, normalise, single_images
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of Params.jitter and values of Params.order
 IDENTITY = (1.0, 1.0, 1.0, 0.0)  # the row of Params.jitter that changes nothing
@@ -91,12 +93,6 @@ def _sample_crop(image_size, recipe, uniform, tries=10):
     top, left = (torch.where(found, (uniform(0, 1) * (free + 1)).floor(), (free / 2).floor())
                  for free in (H - height, W - width))
     return torch.stack([top, left, height, width], 1)
-
-
-def stack(views):
-    """List of V Params of B samples each -> one Params of B * V rows, the V views of a sample side by side:
-    row b * V + v is view v of sample b."""
-    return Params(*(torch.stack(field, 1).flatten(0, 1) for field in zip(*views)))
 
 
 def parameters(params, image_size):
@@ -244,3 +240,36 @@ def solarise(images, solarised):
     """Invert what is brighter than 0.5 where solarised (B,); at that threshold it is min(x, 1 - x)."""
     ceiling = 2.0 - solarised.float()[:, None, None, None]  # 2 - x >= x: unchanged
     return torch.minimum(images, ceiling - images)
+
+
+class Augmentations:
+    """Mode `augment`: sample indices -> Batch of augmented versions of the same image.
+
+    M observed views by the recipe CONTEXT, the one to predict by TARGET. split: datasets.Split; renders of one
+    object count as separate images. actions (B, M, 9): differences of parameters(). params (B, M+1, 9)."""
+
+    groups = param_groups = GROUPS
+
+    def __init__(self, split, config, device):
+        self.images, self.labels = single_images(split, device)
+        self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
+        self.classes, self.size, self.device = split.classes, config.image_size, device
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __call__(self, index, M):
+        """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
+        images = self.images[index].float().div_(255)
+        mean, std = self.mean.view(3, 1, 1), self.std.view(3, 1, 1)
+        views, params = [], []
+        for recipe in [CONTEXT] * M + [TARGET]:         # a view of the whole batch at a time: small enough for CPU caches
+            drawn = sample(len(index), self.size, recipe, self.device)
+            views.append(apply(images, drawn, self.size).sub_(mean).div_(std))
+            params.append(parameters(drawn, self.size))
+        params = torch.stack(params, dim=1)
+        return Batch(torch.stack(views, dim=1), params.diff(dim=1), params, self.labels[index].to(self.device))
+
+    def clean(self, index):
+        """What z is probed on: the image itself, (B, 3, S, S)."""
+        return normalise(self.images[index], self.mean, self.std, channel_dim=1)

@@ -5,7 +5,7 @@
 
 A mode is an object with
     __call__(index, M) -> Batch     sample M+1 views of each sample, on the device
-    clean(index)                    what z is probed on for classification
+    clean(index)                    image that z is probed on for classification; None: the first view
     __len__, classes, view_size     samples; class names; side of a view in pixels
     groups, param_groups            {name: slice} of the columns of Batch.actions and Batch.params
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from aggregator import Aggregator
+from augmentations import Augmentations
 from config import BadInput
 from datasets import load
 from encoder import ResNet18
@@ -20,7 +21,7 @@ from jepa import ActionEmbedding, SeqJEPA
 from predictor import Predictor
 from saccades import Saccades
 
-MODES = {"saccade": Saccades}
+MODES = {"augment": Augmentations, "saccade": Saccades}
 
 
 def build_views(config, split, device):

@@ -90,6 +90,12 @@ class Store:
         return rows.to(self.device, non_blocking=True)
 
 
+def single_images(split, device):
+    """Every image by itself, the renders of one object too: Store of (n, 3, S, S) and labels (n,) int64."""
+    images = Store([part.images.reshape(-1, *part.images.shape[-3:]) for part in split.parts], device)
+    return images, torch.from_numpy(split.labels).repeat_interleave(len(images) // len(split.labels))
+
+
 def fits(size, device):
     """Whether `size` bytes may live on the device: at most half of a GPU's free memory; never copied on a CPU."""
     return device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2
@@ -135,13 +141,13 @@ def read_stl10(config, split):
     if not folder.exists() and config.download:
         _download(torchvision.datasets.STL10, config.data_dir, split="train")
     parts, labels = [], []
-    source = dict(dataset="stl10", limit=config.limit, size=config.image_size)
+    stamps = {file.name: _stamp(file) for file in sorted(folder.glob("*.bin"))}      # all of them: `pretrain` and `train` share caches
+    source = dict(dataset="stl10", limit=config.limit, size=config.image_size, files=stamps)
     for name in {"pretrain": ("unlabeled", "train"), "train": ("train",), "val": ("test",)}[split]:
         x = _stl10_images(folder / f"{name}_X.bin")
         y = np.full(len(x), -1) if name == "unlabeled" else _stl10_labels(folder / f"{name}_y.bin", len(x))
-        parts.append(_part(x, y, name, dict(source, file=_stamp(folder / f"{name}_X.bin")), config))
+        parts.append(_part(x, y, name, source, config))
         labels.append(y if parts[-1].rows is None else y[parts[-1].rows])
-        source[name] = _stamp(folder / f"{name}_X.bin")
     return parts, np.concatenate(labels), STL10_CLASSES, source
 
 
@@ -214,11 +220,13 @@ def read_tiny_imagenet(config, split):
     classes = sorted((root / "wnids.txt").read_text().split())
     if split == "val":
         _require(root / "val" / "val_annotations.txt", "it names the class of each validation image; unpack it again")
-        lines = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+        lines = [line.split() for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+        if not lines or min(map(len, lines)) < 2:
+            raise BadInput(f"{root / 'val' / 'val_annotations.txt'}: expected an image and its class on every line; unpack it again")
         files, names = [root / "val" / "images" / line[0] for line in lines], [line[1] for line in lines]
     else:
         files = [f for c in classes for f in image_files(root / "train" / c)]
-        names = [f.parents[1].name for f in files]
+        names = [f.relative_to(root / "train").parts[0] for f in files]
     index = {c: i for i, c in enumerate(classes)}
     unknown = sorted(set(names) - set(classes))
     if unknown:
@@ -263,7 +271,12 @@ def decode(path, size):
     try:
         image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
-        raise BadInput(f"{path}: not a readable image ({str(error).splitlines()[0]}); mend or remove it") from None
+        reason = str(error).splitlines()[0].split(", ", 2)[-1]          # torchvision: "function, file:line, reason"
+        raise BadInput(f"{path}: not a readable image ({reason}); mend or remove it") from None
+    if image.dim() == 4:
+        image = image[0]                                                # an animation: its first frame
+    if image.dtype == torch.uint16:
+        image = (image.float() / 257).round().to(torch.uint8)           # 16 bits a channel
     if image.shape[1:] != (size, size):
         image = TF.resize(image, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
         image = TF.center_crop(image, size)

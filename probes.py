@@ -20,7 +20,7 @@ from build import seed_all
 
 class Features(NamedTuple):
     """Frozen features of N samples, each seen S times as a sequence of V views; on the CPU, float32."""
-    z_clean: torch.Tensor   # (S, N, D) encoder output of what the mode calls its clean image
+    z_clean: torch.Tensor   # (S, N, D) encoder output of the mode's clean image, or of the first view if it has none
     z: torch.Tensor         # (S, N, V, D) of every view
     z_agg: dict             # {M: (S, N, D+E)} aggregate of the first M views and the actions between them
     actions: torch.Tensor   # (S, N, V-1, A)
@@ -41,7 +41,8 @@ def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=25
             seed_all(seed, s, start)
             batch = views(index, V - 1)
             z, a = model.encode(batch.views), model.embed(batch.actions)
-            rows.append((model.encoder(views.clean(index)), z, batch.actions, batch.params, batch.labels,
+            clean = views.clean(index)
+            rows.append((z[:, 0] if clean is None else model.encoder(clean), z, batch.actions, batch.params, batch.labels,
                          *(model.aggregate(z[:, :M], a[:, :M - 1]) for M in lengths)))
     model.train(was_training)
     z_clean, z, actions, params, labels, *z_agg = (torch.cat(column).float().cpu().unflatten(0, (samplings, N)) for column in zip(*rows))

@@ -16,7 +16,7 @@ Checked in tests/test_saccades.py.
 """
 import torch
 
-from datasets import Batch, Store, normalise
+from datasets import Batch, Store, normalise, single_images
 from saliency import saliency_maps
 
 FLOOR = 1e-30    # mass of a pixel the map calls impossible: never drawn while any real mass is left
@@ -88,10 +88,8 @@ class Saccades:
     param_groups = {"position": slice(0, 2)}
 
     def __init__(self, split, config, device):
-        images = [part.images.reshape(-1, *part.images.shape[-3:]) for part in split.parts]
-        self.images = Store(images, device)
+        self.images, self.labels = single_images(split, device)
         self.saliency = Store(saliency_maps(config.saliency, split, config, device), device)
-        self.labels = torch.from_numpy(split.labels).repeat_interleave(len(self.images) // len(split.labels))
         self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
         self.image_size, self.patch_size, self.ior = config.image_size, config.patch_size, config.ior
         self.classes, self.device = split.classes, device

@@ -33,10 +33,10 @@ def saliency_maps(source, split, config, device):
     source: "signature", "uniform", "deepgaze" or a folder, as --saliency.
     Raises: BadInput if published maps do not fit the images, or deepgaze_pytorch is not installed."""
     if source == "uniform":
-        return [np.broadcast_to(np.ones(1, np.float16), (*_flat(p.images).shape[:1], *p.images.shape[-2:])) for p in split.parts]
+        one = torch.ones(1, dtype=torch.float16)                            # repeated by stride: takes no memory
+        return [one.expand(len(_flat(p.images)), *p.images.shape[-2:]).numpy() for p in split.parts]
     if source in ("signature", "deepgaze"):
-        method = image_signature if source == "signature" else deepgaze(config, device)
-        return [_computed(method, source, part, split, config, device) for part in split.parts]
+        return [_computed(source, part, split, config, device) for part in split.parts]
     return [published(Path(source), part, config.image_size) for part in split.parts]
 
 
@@ -44,19 +44,23 @@ def _flat(images):
     return images.reshape(-1, *images.shape[-3:])
 
 
-def _computed(method, name, part, split, config, device):
-    """Maps of one part by `method`, cached; scaled to a maximum of 1 per image, as float16 then holds them well."""
+def _computed(name, part, split, config, device):
+    """Maps of one part by the method of this name, cached; scaled to a maximum of 1 per image, as float16 then holds them well."""
     images = _flat(part.images)
     N, _, S, _ = images.shape
+    bias = centre_bias_file(config)
+    key = dict(source=split.source, part=part.name, method=name, version=1)
+    if name == "deepgaze" and bias.exists():
+        key["bias"] = [bias.stat().st_size, bias.stat().st_mtime_ns]
 
     def fill(array):
+        method = image_signature if name == "signature" else deepgaze(config, device)
         for start in range(0, N, 64):
             batch = torch.from_numpy(np.ascontiguousarray(images[start:start + 64])).to(device)
             maps = method(batch)
             array[start:start + len(batch)] = (maps / maps.amax((1, 2), keepdim=True)).half().cpu().numpy()
             yield start + len(batch)
 
-    key = dict(source=split.source, part=part.name, method=name, version=1)
     return cached(cache_path(config, f"{part.name}-{name}"), key, (N, S, S), np.float16, fill, f"saliency of {N:,} {part.name} images")
 
 
@@ -89,9 +93,11 @@ def deepgaze(config, device):
         raise BadInput("--saliency deepgaze: needs the package deepgaze_pytorch (github.com/matthias-k/DeepGaze); "
                        "install it or use --saliency signature") from None
     model, n = DeepGazeIIE(pretrained=True).to(device).eval(), DEEPGAZE_SIZE
-    bias_file = Path(config.data_dir) / "centerbias_mit1003.npy"
+    bias_file = centre_bias_file(config)
     if bias_file.exists():
         bias = torch.tensor(open_array(bias_file), dtype=torch.float32)[None, None]
+        if bias.dim() != 4:
+            raise BadInput(f"{bias_file}: expected one map (H, W) of log densities, found shape {tuple(bias.shape[2:])}")
         bias = F.interpolate(bias, size=(n, n), mode="bilinear", align_corners=False)[0, 0]
     else:
         bias = centre_prior(n).log()
@@ -100,11 +106,15 @@ def deepgaze(config, device):
     @torch.inference_mode()
     def density(images):
         x = F.interpolate(images.float(), size=(n, n), mode="bilinear", align_corners=False)     # 0 to 255, as it expects
-        log_density = model(x, bias.expand(len(x), n, n)).view(len(x), 1, n, n)
+        log_density = model(x, bias.expand(len(x), n, n)).reshape(len(x), 1, n, n)
         S = images.shape[-1]
         return F.interpolate(log_density.exp(), size=(S, S), mode="bilinear", antialias=True, align_corners=False)[:, 0]
 
     return density
+
+
+def centre_bias_file(config):
+    return Path(config.data_dir) / "centerbias_mit1003.npy"
 
 
 def centre_prior(n, device=None):

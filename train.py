@@ -87,6 +87,18 @@ class Meters:
         return (self.loss_sum / self.count).item()
 
 
+class Stopwatch:
+    """Images per second since the last lap."""
+
+    def __init__(self):
+        self.start, self.count = time.monotonic(), 0
+
+    def lap(self):
+        rate = self.count / (time.monotonic() - self.start)
+        self.__init__()
+        return round(rate, 1)
+
+
 class StopSignal:
     """SIGTERM and SIGINT ask the loop to save and leave after the step at hand."""
 
@@ -104,40 +116,32 @@ def train(config):
     checkpoint = runs.open_run(config)
     device = pick_device(config.device)
     views = build_views(config, "pretrain", device)
-    B, M = config.batch_size, config.views
-    steps_per_epoch = len(views) // B                       # a short last batch would make the graph compile again
-    if steps_per_epoch == 0:
-        raise BadInput(f"--batch-size {B}: more than the {len(views):,} samples there are; lower it")
-    steps, warmup = config.epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
-
     model = build_model(config, views.groups).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, config, device)
-    meters, step, first_step = Meters(device), 0, 0
+
+    epoch_steps = len(views) // config.batch_size           # a short last batch would make the graph compile again
+    if epoch_steps == 0:
+        raise BadInput(f"--batch-size {config.batch_size}: more than the {len(views):,} samples there are; lower it")
+    steps, warmup = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
+    images_per_step = config.batch_size * (config.views + 1)
+
+    step, meters = 0, Meters(device)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        meters, step = Meters(device, checkpoint["meters"]), checkpoint["step"]
-        first_step = step
+        step, meters = checkpoint["step"], Meters(device, checkpoint["meters"])
     runs.create_run(config)
-    metrics = config.run_dir / "metrics.csv"
-    runs.drop_metrics_after(metrics, step)
+    runs.drop_metrics_after(config.run_dir / "metrics.csv", step)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
+    if config.compile or (config.compile is None and device.type == "cuda"):
+        compile_or_warn(model, next_batch(views, config, step, epoch_steps), autocast)
 
-    use_amp = config.amp and device.type == "cuda"
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=use_amp)
-    def next_batch(step):
-        epoch, i = divmod(step, steps_per_epoch)
-        index = epoch_order(len(views), config.seed, epoch)[i * B:(i + 1) * B]
-        seed_all(config.seed, epoch, i, 0)                  # the last number is the rank
-        return views(index, M)
-    if config.compile if config.compile is not None else device.type == "cuda":
-        compile_or_warn(model, next_batch(step), autocast)
-
-    stop, saved_at, epoch_start = StopSignal(), time.monotonic(), time.monotonic()
-    bar = tqdm(total=steps * B * (M + 1), initial=step * B * (M + 1), unit="img", unit_scale=True, desc=config.name)
+    stop, saved_at, clock = StopSignal(), time.monotonic(), Stopwatch()
+    bar = tqdm(total=steps * images_per_step, initial=step * images_per_step, unit="img", unit_scale=True, desc=config.name)
     while step < steps and stop.number is None:
-        batch = next_batch(step)
+        batch = next_batch(views, config, step, epoch_steps)
         lr = lr_at(step, steps=steps, warmup=warmup, peak=config.lr, end=config.lr_end)
+        tau = tau_at(step, steps=steps, base=config.ema)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with autocast():
@@ -145,34 +149,44 @@ def train(config):
         optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
         optimizer.step()
-        tau = tau_at(step, steps=steps, base=config.ema)
         model.update_target(tau)
         meters.add(out.loss.detach(), step)
         step += 1
-        bar.update(B * (M + 1))
+        bar.update(images_per_step)
+        clock.count += images_per_step
 
-        if step % LOOK_STEPS == 0 or step % steps_per_epoch == 0:
+        if step % LOOK_STEPS == 0:
             bar.set_postfix(loss=f"{meters.mean_loss():.4f}")
-        if step % steps_per_epoch == 0:
-            seconds = time.monotonic() - epoch_start
-            done = min(steps_per_epoch, step - first_step)
-            row = dict(epoch=step // steps_per_epoch, step=step, loss=meters.mean_loss(), lr=lr, tau=tau,
-                       z_std=feature_std(out.z.flatten(0, 1)), z_rank=effective_rank(out.z.flatten(0, 1)),
-                       z_agg_std=feature_std(out.z_agg), z_agg_rank=effective_rank(out.z_agg),
-                       images_per_second=done * B * (M + 1) / seconds)
-            runs.append_metrics(metrics, row)
-            meters, epoch_start = Meters(device), time.monotonic()
+        if step % epoch_steps == 0:
+            row = dict(epoch=step // epoch_steps, step=step, loss=meters.mean_loss(), lr=lr, tau=tau, **health(out),
+                       images_per_second=clock.lap())
+            runs.append_metrics(config.run_dir / "metrics.csv", row)
+            meters = Meters(device)
         if step == steps or time.monotonic() - saved_at > SAVE_SECONDS:
             save(config, model, optimizer, step, meters)
             saved_at = time.monotonic()
     bar.close()
-    if stop.number is not None and step < steps:
+    if step < steps:
         save(config, model, optimizer, step, meters)
         print(f"stopped by {signal.Signals(stop.number).name} after step {step} of {steps}; saved, continue with --resume")
         return 128 + stop.number
     figures.draw_curves(config.run_dir)
     print(f"{config.run_dir}: {steps} steps done. Next: python evaluate.py {config.run_dir / 'last.pt'} --figures")
     return 0
+
+
+def next_batch(views, config, step, epoch_steps):
+    """The batch of a step. Its samples depend on (seed, epoch), its views and the step's dropout on (seed, epoch, step)."""
+    epoch, i = divmod(step, epoch_steps)
+    index = epoch_order(len(views), config.seed, epoch)[i * config.batch_size:(i + 1) * config.batch_size]
+    seed_all(config.seed, epoch, i, 0)                      # the last number is the rank
+    return views(index, config.views)
+
+
+def health(out):
+    """Whether features live: their spread and effective rank over the last batch of an epoch (low = collapse)."""
+    z = out.z.flatten(0, 1)
+    return dict(z_std=feature_std(z), z_rank=effective_rank(z), z_agg_std=feature_std(out.z_agg), z_agg_rank=effective_rank(out.z_agg))
 
 
 def save(config, model, optimizer, step, meters):

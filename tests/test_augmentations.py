@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from scipy.stats import binomtest, kstest, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import augmentations as A
 
 TOLERANCE = 3e-6  # float32 pixels in [0, 1], whose last bit is 6e-8; the largest difference seen is 1.5e-6
@@ -230,20 +227,33 @@ def test_parameter_ranges():
     assert (values.amin(0) < lower + 0.21)[[0, 1, 4, 5, 6, 7, 8]].all() and (values.amax(0) > 0.79)[2:].all()
 
 
-def test_actions_depend_on_their_own_two_views_only():
-    views = [A.sample(6, 32, generator=seeded(s)) for s in range(4)]
-    other = views[:2] + [A.sample(6, 32, generator=seeded(s)) for s in (20, 21)]
-    before, after = (A.parameters(A.stack(v), 32).view(6, 4, 9).diff(dim=1) for v in (views, other))
-    assert torch.equal(before[:, 0], after[:, 0]), "the action 0 -> 1 moved with views 2 and 3"
-    assert (before[:, 1:] != after[:, 1:]).any(-1).all()
+def augmentations(make_split, make_config, **changes):
+    return A.Augmentations(make_split(n=10, size=32), make_config(mode="augment", image_size=32, **changes), torch.device("cpu"))
 
 
-def test_stack_puts_the_views_of_a_sample_side_by_side():
-    views = [A.sample(5, 32, recipe, generator=seeded(s)) for s, recipe in enumerate([A.CONTEXT, A.CONTEXT, A.TARGET])]
-    stacked = A.stack(views)
-    for name in A.Params._fields:
-        for v in range(3):
-            assert torch.equal(getattr(stacked, name)[v::3], getattr(views[v], name)), name
+def test_mode_returns_the_views_of_apply_normalised_and_their_parameters(make_split, make_config):
+    views, split, M = augmentations(make_split, make_config), make_split(n=10, size=32), 2
+    index = torch.tensor([7, 1, 4])
+    torch.manual_seed(5)
+    batch = views(index, M)
+    assert batch.views.shape == (3, 3, 3, 32, 32) and batch.labels.tolist() == [1, 1, 0]
+    torch.manual_seed(5)
+    images = torch.from_numpy(split.parts[0].images[index.numpy()])
+    mean, std = torch.tensor(split.mean).view(3, 1, 1), torch.tensor(split.std).view(3, 1, 1)
+    for v, recipe in enumerate([A.CONTEXT, A.CONTEXT, A.TARGET]):
+        params = A.sample(3, 32, recipe)
+        torch.testing.assert_close(batch.views[:, v], (A.apply(images, params, 32) - mean) / std, atol=1e-5, rtol=1e-5)
+        assert torch.equal(batch.params[:, v], A.parameters(params, 32))
+    assert torch.equal(batch.actions, batch.params.diff(dim=1))
+
+
+def test_an_action_depends_on_its_own_two_views_only(make_split, make_config):
+    """More views drawn after the second do not move the action between the first two (FACTS S4)."""
+    views, drawn = augmentations(make_split, make_config), []
+    for M in (2, 3, 5):
+        torch.manual_seed(1)
+        drawn.append(views(torch.arange(6), M).actions[:, 0])
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
 # sampling

@@ -1,0 +1,95 @@
+"""Rotations (seq-JEPA Secs. 4.1, A.1): renders of one object under several poses, and the turns between them.
+
+    angles (..., 3) extrinsic xyz, radians  ->  quaternion q (..., 4) = (x, y, z, w), unit length
+    index (B,)  ->  M+1 distinct views (B, M+1, 3, S, S) of each object, actions (B, M, 6)
+
+Action i: [q_i^-1 q_{i+1} (4), change of floor hue, change of light hue]. The products compose: the actions
+of a sequence, multiplied from left to right, give the relative rotation from its first to its last view.
+Signs are never flipped: with half-angles of at most pi/4 the formula is continuous in the angles.
+Hues are in [0, 1] as published, and so are their plain differences: the wrap from 1 to 0 is not undone.
+
+Differs from the paper: nothing. Which columns the model is told is --condition; all of them are probed.
+Checked in tests/test_rotations.py against SciPy.
+"""
+import torch
+
+from config import BadInput
+from datasets import Batch, Store, normalise
+
+FLOOR_HUE, LIGHT_HUE = 3, 6     # columns of the seven latents: rotation x, y, z; floor hue; light theta, phi, hue
+
+
+def quaternion(angles):
+    """Rotation about the fixed x axis, then y, then z.  angles (..., 3) in radians  ->  (..., 4) as (x, y, z, w)."""
+    (cx, cy, cz), (sx, sy, sz) = (f(angles / 2).unbind(-1) for f in (torch.cos, torch.sin))
+    return torch.stack([sx * cy * cz - cx * sy * sz, cx * sy * cz + sx * cy * sz,
+                        cx * cy * sz - sx * sy * cz, cx * cy * cz + sx * sy * sz], dim=-1)
+
+
+def inverse(q):
+    """Of unit quaternions (..., 4): the conjugate."""
+    return q * q.new_tensor([-1, -1, -1, 1])
+
+
+def multiply(p, q):
+    """Hamilton product (..., 4) x (..., 4) -> (..., 4): turn by q, then by p, as SciPy's Rotation p * q."""
+    px, py, pz, pw = p.unbind(-1)
+    qx, qy, qz, qw = q.unbind(-1)
+    return torch.stack([pw * qx + px * qw + py * qz - pz * qy, pw * qy - px * qz + py * qw + pz * qx,
+                        pw * qz + px * qy - py * qx + pz * qw, pw * qw - px * qx - py * qy - pz * qz], dim=-1)
+
+
+def relative(q1, q2):
+    """The turn that takes q1 to q2 in the frame of the object: q1^-1 q2, so that q1 times it is q2.  (..., 4)"""
+    return multiply(inverse(q1), q2)
+
+
+class Rotations:
+    """Mode `rotation`: object indices -> Batch of M+1 distinct renders of each object, in random order.
+
+    split: datasets.Split with images (N, V, 3, S, S) and latents (N, V, 7).
+    actions (B, M, 6): relative quaternion, then differences of floor hue and light hue.
+    params (B, M+1, 9): the view's own quaternion, floor hue, light hue, and last its three angles in radians."""
+
+    groups = {"rotation": slice(0, 4), "color": slice(4, 6)}
+    param_groups = {"rotation": slice(0, 4), "color": slice(4, 6)}
+
+    def __init__(self, split, config, device):
+        images, = (part.images for part in split.parts)
+        assert images.ndim == 5, f"mode rotation needs objects (N, V, 3, S, S) with V renders each, got {images.shape}"
+        N, self.view_count = images.shape[:2]
+        assert split.latents.shape == (N, self.view_count, 7), f"images {images.shape} need latents (N, V, 7), got {split.latents.shape}"
+        self.images = Store([images.reshape(-1, *images.shape[2:])], device)
+        latents = torch.as_tensor(split.latents).to(device)
+        angles = latents[..., :3]
+        self.params = torch.cat([quaternion(angles), latents[..., [FLOOR_HUE, LIGHT_HUE]], angles], dim=-1)    # (N, V, 9)
+        self.labels = torch.from_numpy(split.labels)
+        self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
+        self.classes, self.device = split.classes, device
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __call__(self, index, M):
+        """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
+        if M + 1 > self.view_count:
+            raise BadInput(f"--views {M}: a sequence needs {M + 1} distinct views and an object has {self.view_count}; lower --views")
+        chosen = torch.rand(len(index), self.view_count).topk(M + 1).indices       # on the CPU: images may be fetched there
+        views, params = self.look(index, chosen)
+        q, hues = params[..., :4], params[..., 4:6]
+        actions = torch.cat([relative(q[:, :-1], q[:, 1:]), hues.diff(dim=1)], dim=-1)
+        return Batch(views, actions, params, self.labels[index].to(self.device))
+
+    def look(self, index, chosen):
+        """Chosen views (B, K) of objects (B,), both on the CPU -> views (B, K, 3, S, S), params (B, K, 9)."""
+        rows = (index[:, None] * self.view_count + chosen).flatten()
+        views = self.images[rows].unflatten(0, chosen.shape)
+        params = self.params.flatten(0, 1)[rows.to(self.device)].unflatten(0, chosen.shape)
+        return normalise(views, self.mean, self.std, channel_dim=2), params
+
+    def all_views(self, index):
+        """All V views of objects (B,), in stored order: views (B, V, 3, S, S), params (B, V, 9)."""
+        return self.look(index, torch.arange(self.view_count).expand(len(index), -1))
+
+    def clean(self, index):
+        """None: a render has no cleaner original, so z is probed on the first view itself."""

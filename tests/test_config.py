@@ -1,0 +1,91 @@
+"""Presets are the paper's, flags override them, impossible settings are refused in one line."""
+import dataclasses
+
+import pytest
+
+import config as settings
+from config import BadInput, Config, from_command_line
+from train import main
+
+
+def parsed(line):
+    return from_command_line(line.split())
+
+
+def test_the_command_of_the_readme_is_the_paper_s_stl10_experiment():
+    c = parsed("--dataset stl10 --mode saccade")
+    assert (c.image_size, c.patch_size, c.views, c.condition) == (96, 32, 4, "position")
+    assert (c.encoder, c.width, c.action_dim, c.epochs, c.batch_size) == ("resnet18", 64, 128, 2000, 512)
+    assert (c.lr, c.lr_end, c.warmup_epochs, c.weight_decay, c.ema) == (4e-4, 1e-5, 20, 1e-3, 0.996)
+    assert c.ior and c.amp and not c.z_norm and c.saliency == "signature"
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("--dataset 3diebench --mode rotation", dict(image_size=128, views=3, epochs=1000, condition="rotation")),
+    ("--dataset cifar100 --mode augment", dict(image_size=32, views=2, epochs=2000, condition="all")),
+    ("--dataset tiny-imagenet --mode augment", dict(image_size=64, views=2, epochs=2000)),
+    ("--dataset imagenet --mode saccade", dict(image_size=224, patch_size=84, views=4)),
+])
+def test_presets(line, expected):
+    c = dataclasses.asdict(parsed(line))
+    assert {k: c[k] for k in expected} == expected
+
+
+def test_typed_flags_win_over_quick_and_quick_over_the_preset():
+    c = parsed("--dataset stl10 --quick --epochs 3 --width 8")
+    assert c.quick and c.epochs == 3 and c.width == 8 and c.batch_size == settings.QUICK["batch_size"]
+
+
+def test_quick_combines_with_every_preset():
+    for dataset, mode in settings.PRESETS:
+        c = parsed(f"--dataset {dataset} --mode {mode} --quick")
+        assert c.limit > 0 and c.width < 64
+
+
+def test_every_preset_names_fields_of_config():
+    fields = {f.name for f in dataclasses.fields(Config)}
+    for values in (*settings.PRESETS.values(), settings.QUICK, *settings.QUICK_MODE.values()):
+        assert set(values) <= fields
+
+
+def test_help_shows_the_values_of_the_chosen_preset(capsys):
+    with pytest.raises(SystemExit) as leave:
+        parsed("--dataset 3diebench --mode rotation --help")
+    text = capsys.readouterr().out
+    assert leave.value.code == 0 and "default: 1000" in text and "default: 128" in text
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--patch-size 97", "--patch-size 97 is larger than the image"),
+    ("--views 0", "--views 0: must be at least 1"),
+    ("--condition crop", "--condition crop: mode saccade offers position, none"),
+    ("--dataset solids --mode rotation --condition crop", "--condition crop: mode rotation offers"),
+    ("--dataset solids --mode rotation --views 50", "an object has 50"),
+    ("--dataset 3diebench --mode rotation --views 50", "at most 49 views"),
+    ("--dataset stl10 --mode rotation", "--mode rotation does not apply to --dataset stl10"),
+    ("--epochs 0", "--epochs 0"), ("--batch-size 1", "--batch-size 1"), ("--width 0", "--width 0"),
+    ("--ema 1.5", "--ema 1.5"), ("--lr 0", "--lr must be above 0"), ("--name a/b", "--name a/b: expected a plain folder name"),
+    ("--limit -1", "--limit -1"),
+])
+def test_impossible_settings_are_one_line_and_status_2(line, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", ["--dataset mnist", "--mode blink", "--epochs many", "--colour red", "--encoder vgg", "--stem none"])
+def test_unknown_flags_and_values_are_refused(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leave:
+        main(line.split())
+    assert leave.value.code == 2 and line.split()[0] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_tell_runs_apart():
+    assert parsed("--quick").name == "quick-stl10-saccade"
+    assert parsed("--condition none").name == "stl10-saccade-none"
+    with pytest.raises(BadInput):
+        settings.preset("stl10", "rotation")
