@@ -268,7 +268,12 @@ class Augmentations:
             views.append(apply(images, drawn, self.size).sub_(mean).div_(std))
             params.append(parameters(drawn, self.size))
         params = torch.stack(params, dim=1)
-        return Batch(torch.stack(views, dim=1), params.diff(dim=1), params, self.labels[index].to(self.device))
+        return Batch(torch.stack(views, dim=1), self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device))
+
+    @staticmethod
+    def relative(first, last):
+        """The action that takes a view with params `first` to one with `last`, (..., 9) each."""
+        return last - first
 
     def clean(self, index):
         """What z is probed on: the image itself, (B, 3, S, S)."""

@@ -6,7 +6,8 @@
 A mode is an object with
     __call__(index, M) -> Batch     sample M+1 views of each sample, on the device
     clean(index)                    image that z is probed on for classification; None: the first view
-    __len__, classes, view_size     samples; class names; side of a view in pixels
+    relative(first, last)           action between views with these params, however far apart
+    __len__, classes                samples; class names
     groups, param_groups            {name: slice} of the columns of Batch.actions and Batch.params
 """
 import numpy as np
@@ -19,9 +20,10 @@ from datasets import load
 from encoder import ResNet18
 from jepa import ActionEmbedding, SeqJEPA
 from predictor import Predictor
+from rotations import Rotations
 from saccades import Saccades
 
-MODES = {"augment": Augmentations, "saccade": Saccades}
+MODES = {"augment": Augmentations, "rotation": Rotations, "saccade": Saccades}
 
 
 def build_views(config, split, device):
@@ -36,7 +38,7 @@ def build_model(config, groups):
     embed = ActionEmbedding(conditioned(config.condition, groups), config.action_dim, config.action_embed)
     if (encoder.dim + embed.dim) % 4:
         raise BadInput(f"--action-dim {config.action_dim}: 8 * width + action-dim must be a multiple of the 4 attention heads")
-    aggregator = Aggregator(dim=encoder.dim, action_dim=embed.dim)
+    aggregator = Aggregator(dim=encoder.dim, action_dim=embed.dim, hidden=config.agg_hidden)
     predictor = Predictor(dim=encoder.dim, action_dim=embed.dim)
     return SeqJEPA(encoder, embed, aggregator, predictor, config.action_in)
 

@@ -4,7 +4,11 @@
 batch by batch into a temporary file that takes its final name only when complete, so a killed run leaves
 nothing half-written. Beside `x.npy` lies `x.json` with the `key`: what the array was made from. When the
 key no longer fits (a changed folder, another size) the array is made again.
+
+Arrays that take hours are `resumable`: the unfinished `x.npy.part` stays, `x.npy.progress` says how many of
+its rows are on the disk and for which key, and the next run goes on from there.
 """
+import contextlib
 import json
 import os
 import shutil
@@ -16,12 +20,13 @@ from tqdm import tqdm
 from config import BadInput
 
 
-def cached(path, key, shape, dtype, fill, what):
+def cached(path, key, shape, dtype, fill, what, resumable=False):
     """Memory-mapped array of `shape` at `path`, made by `fill` if absent or stale.
 
     key: JSON-able description of everything the content depends on.
-    fill: (array) -> iterator that yields the number of rows written so far.
+    fill: (array) -> iterator that yields the number of rows written so far; if resumable: (array, first row).
     what: words for the progress bar, such as "decoding 200 images".
+    resumable: keep what an interrupted run wrote, and say beforehand how much disk the array takes.
     Raises: BadInput if the folder cannot be written or has no room."""
     path = Path(path)
     key = json.loads(json.dumps(dict(key, shape=shape, dtype=np.dtype(dtype).name)))
@@ -29,23 +34,97 @@ def cached(path, key, shape, dtype, fill, what):
         return open_array(path)
     if path.exists():
         print(f"{path} does not fit the present data or settings: making it again")
-    _make_room(path, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    (_make_resumably if resumable else _make)(path, key, fill, what)
+    return open_array(path)
+
+
+def _make(path, key, fill, what):
+    _make_room(path, _size(key))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=tuple(shape))
-        with tqdm(total=shape[0], desc=what, unit="row", leave=False) as bar:
+        array = _map(part, "w+", key)
+        with tqdm(total=len(array), desc=what, unit="row", leave=False) as bar:
             for done in fill(array):
                 bar.update(done - bar.n)
         array.flush()
-        key_file = path.with_suffix(".json")
-        key_file.unlink(missing_ok=True)                 # no moment at which an old key vouches for a new array
-        os.replace(part, path)
-        part_key = key_file.with_name(part.name)
-        part_key.write_text(json.dumps(key, indent=1))
-        os.replace(part_key, key_file)
+        _publish(part, path, key)
     finally:
         part.unlink(missing_ok=True)
-    return open_array(path)
+
+
+def _make_resumably(path, key, fill, what):
+    """As _make, but the unfinished array keeps its name, and a progress file says which rows of it count."""
+    part, progress = path.with_name(path.name + ".part"), path.with_name(path.name + ".progress")
+    _make_room(path, 0)                                  # the folder, for the lock
+    with _alone(path):
+        if _fresh(path, key):                            # another process made it while this one waited
+            return
+        start, total, size = _rows_done(part, progress, key), key["shape"][0], _size(key)
+        _make_room(path, size * (total - start) // total)
+        print(f"{what}: {size / 1e9:.3g} GB on disk, in {path}. May be interrupted: the next run goes on from there"
+              + (f", as this one does from {start:,} of {total:,}" if start else ""))
+        if not start:
+            progress.unlink(missing_ok=True)             # it must not vouch for the empty array that comes now
+        array = _map(part, "r+" if start else "w+", key)
+        with tqdm(total=total, initial=start, desc=what, unit="row", leave=False) as bar:
+            for done in fill(array, start):
+                array.flush()                            # first the rows, then the word that they are there
+                _write_json(progress, dict(key=key, rows=done))
+                bar.update(done - bar.n)
+        _publish(part, path, key)
+        progress.unlink()
+
+
+def _rows_done(part, progress, key):
+    """Leading rows of an unfinished array that can be trusted: 0 if it is cut short or was meant for another key."""
+    try:
+        state, array = json.loads(progress.read_text()), open_array(part)
+    except (OSError, ValueError, BadInput):
+        return 0
+    fits = state["key"] == key and list(array.shape) == key["shape"] and array.dtype.name == key["dtype"]
+    return state["rows"] if fits else 0
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """One process at a time makes `path`; the others wait here. The lock goes with its process, however it ends."""
+    import fcntl                                         # Unix only, so only where it is needed
+    with open(path.with_name(path.name + ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path}: another process is making it; waiting")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _publish(part, path, key):
+    """Give a complete array its name, and only then its key."""
+    key_file = path.with_suffix(".json")
+    key_file.unlink(missing_ok=True)                     # no moment at which an old key vouches for a new array
+    os.replace(part, path)
+    _write_json(key_file, key)
+
+
+def _write_json(path, value):
+    """Whole or not at all, even if the machine loses power."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _map(path, mode, key):
+    return np.lib.format.open_memmap(path, mode=mode, dtype=key["dtype"], shape=tuple(key["shape"]))
+
+
+def _size(key):
+    return int(np.prod(key["shape"])) * np.dtype(key["dtype"]).itemsize
 
 
 def cache_path(config, what):

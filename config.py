@@ -49,7 +49,7 @@ PRESETS = {
 }
 
 # --quick: minutes on two CPU cores.  Chosen by measurement, see results/README.md.
-QUICK = dict(width=16, stem="strided", batch_size=64, lr=1e-3, warmup_epochs=1, ema=0.99, z_norm=True, action_dim=32)
+QUICK = dict(width=16, stem="strided", batch_size=64, lr=1e-3, warmup_epochs=1, ema=0.99, z_norm=True, action_dim=32, agg_hidden=512)
 QUICK_MODE = {
     "saccade": dict(image_size=48, patch_size=16, epochs=12, object_views=4),
     "rotation": dict(image_size=48, epochs=20, object_views=16),
@@ -88,6 +88,7 @@ class Config:
                       choices=("auto", "cifar", "imagenet", "strided"))
     z_norm: bool = _flag(False, "BatchNorm without affine on z (ours, for short runs; see README)")
     action_dim: int = _flag(128, "E, width of an action embedding")
+    agg_hidden: int = _flag(2048, "feed-forward width of the aggregator (PyTorch's default)")
     action_in: str = _flag("both", "which parts see the actions (Table 4)",
                            choices=("both", "predictor", "aggregator", "none"))
     action_embed: str = _flag("linear", "linear: learned; raw: the numbers themselves; noise: random numbers (Table 4)",
@@ -168,7 +169,7 @@ def check(config):
     c = config
     if c.condition not in CONDITIONS[c.mode]:
         raise BadInput(f"--condition {c.condition}: mode {c.mode} offers {', '.join(CONDITIONS[c.mode])}")
-    at_least = dict(views=1, image_size=8, patch_size=4, width=1, action_dim=1, epochs=1, batch_size=2, object_views=1,
+    at_least = dict(views=1, image_size=8, patch_size=4, width=1, action_dim=1, agg_hidden=1, epochs=1, batch_size=2, object_views=1,
                     limit=0, warmup_epochs=0, probe_every=0)
     for field, low in at_least.items():
         if getattr(c, field) < low:

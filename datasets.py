@@ -269,14 +269,9 @@ def decoded(files, labels, classes, config, name):
 def decode(path, size):
     """One image file as uint8 (3, size, size): shorter side resized (bicubic), centre cropped."""
     try:
-        image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0].split(", ", 2)[-1]          # torchvision: "function, file:line, reason"
-        raise BadInput(f"{path}: not a readable image ({reason}); mend or remove it") from None
-    if image.dim() == 4:
-        image = image[0]                                                # an animation: its first frame
-    if image.dtype == torch.uint16:
-        image = (image.float() / 257).round().to(torch.uint8)           # 16 bits a channel
+        image = TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(path))
+    except (OSError, SyntaxError, ValueError) as error:         # Pillow's ways of saying that a file is no intact image
+        raise BadInput(f"{path}: not a readable image ({str(error).splitlines()[0]}); mend or remove it") from None
     if image.shape[1:] != (size, size):
         image = TF.resize(image, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
         image = TF.center_crop(image, size)
@@ -317,6 +312,14 @@ def read_solids(config, split):
     latents = solids.sample_latents(count, views, split=part, **settings)
     labels = solids.sample_objects(count, SPLIT_SEED, part).labels
     return [Part(images, part, None, count)], labels.numpy(), list(solids.CLASSES), dict(source, shape=images.shape), latents.numpy()
+
+
+# ---------------------------------------------------------------- 3DIEBench
+
+def read_3diebench(config, split):
+    """See threediebench.py, which builds on this module: hence the late import."""
+    import threediebench
+    return threediebench.read_3diebench(config, split)
 
 
 # ---------------------------------------------------------------- shared by the readers
@@ -364,7 +367,7 @@ def _class_of(file, root):
 
 READERS = {
     "stl10": read_stl10, "cifar10": read_cifar, "cifar100": read_cifar, "tiny-imagenet": read_tiny_imagenet,
-    "imagenet": read_folder, "folder": read_folder, "solids": read_solids,
+    "imagenet": read_folder, "folder": read_folder, "solids": read_solids, "3diebench": read_3diebench,
 }
 
 

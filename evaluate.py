@@ -1,18 +1,19 @@
-"""Evaluate a trained world model with the paper's protocols (seq-JEPA Secs. 4.3, A.2).
+"""Evaluate a trained world model with the paper's protocols (seq-JEPA Secs. 4.3, 5.5, A.2, B.2).
 
     python evaluate.py runs/NAME/last.pt                       every probe that applies, one table
     python evaluate.py runs/NAME/last.pt --views 1 3 5         other inference lengths M_val
-    python evaluate.py runs/NAME/last.pt --probe action --figures
+    python evaluate.py runs/NAME/last.pt --probe action path --figures
 
-Prints a table, each trained number beside the same probe on a randomly initialised model of the same
-shape, and beside the paper's number where there is one; writes it to runs/NAME/probes.json. Heads train
-on features extracted once from the frozen model (probes.py). Checked in tests/test_evaluate.py.
+Prints a table, each number beside the same probe on a randomly initialised model of the same shape, and
+beside the paper's where there is one; writes it to runs/NAME/probes.json. Heads train on features that
+were extracted once from the frozen model (probes.py). Checked in tests/test_evaluate.py.
 """
 import argparse
 import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -20,59 +21,127 @@ import torch.nn.functional as F
 import figures
 from build import build_model, build_views, pick_device, seed_all
 from config import BadInput
-from probes import accuracy, extract, fit, linear_head, mlp_head, r2
+from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2
 from runs import config_of, load_checkpoint, save_atomically
 
-EPOCHS = {"linear classifier": 300, "mlp": 300, "linear": 50}                              # A.2
-HEADS = {"linear classifier": linear_head, "mlp": mlp_head, "linear": linear_head}
+HEADS = {"linear classifier": (linear_head, 300), "mlp": (mlp_head, 300), "linear": (linear_head, 50)}    # and epochs, A.2
 # Which head regresses which part of an action.  A.2
 REGRESSORS = {"position": "linear", "rotation": "mlp", "color": "linear", "crop": "mlp", "jitter": "mlp", "blur": "linear"}
-VIEWS = {"saccade": (1, 4, 6), "rotation": (1, 3, 5), "augment": (1, 3, 5)}                # Tables 1-3, 6
-CALIBRATION_BATCHES = 20
+LENGTHS = {"saccade": (1, 4, 6), "rotation": (1, 3, 5), "augment": (1, 3, 5)}             # M_val of Tables 1-3 and 6
+QUICK_SHARE = 5                 # a --quick run trains heads for a fifth of the protocol's epochs
+SETTLE_BATCHES = 20
 
-# The paper's numbers: (data set, mode, condition, M_tr) -> {(probe, features): value}
+# The paper's numbers: (data set, mode, condition, M_tr) -> {(probe, predicts, from): value}.  Tables 1, 2, 3, 6; B.2
 PAPER = {
-    ("stl10", "saccade", "position", 4): {("classify", "z"): 81.20, ("classify", "z_agg M=1"): 71.45,
-                                          ("classify", "z_agg M=4"): 83.44, ("classify", "z_agg M=6"): 84.12},
-    ("stl10", "saccade", "none", 4): {("classify", "z"): 61.38, ("classify", "z_agg M=1"): 62.21, ("classify", "z_agg M=4"): 70.45},
+    ("stl10", "saccade", "position", 4): {("classify", "class", "z"): 81.20, ("classify", "class", "z_agg M=1"): 71.45,
+                                          ("classify", "class", "z_agg M=4"): 83.44, ("classify", "class", "z_agg M=6"): 84.12},
+    ("stl10", "saccade", "none", 4): {("classify", "class", "z"): 61.38, ("classify", "class", "z_agg M=1"): 62.21,
+                                      ("classify", "class", "z_agg M=4"): 70.45},
+    ("3diebench", "rotation", "rotation", 3): {
+        ("classify", "class", "z"): 82.49, ("classify", "class", "z_agg M=1"): 81.72, ("classify", "class", "z_agg M=3"): 86.14,
+        ("classify", "class", "z_agg M=5"): 87.41, ("action", "rotation", "z_1, z_2"): 0.71, ("parameters", "rotation", "z_1"): 0.74,
+        ("invariance", "rotation", "z_agg M=3, no actions"): 0.141},
+    ("3diebench", "rotation", "none", 3): {
+        ("classify", "class", "z"): 80.91, ("classify", "class", "z_agg M=1"): 81.61, ("classify", "class", "z_agg M=3"): 86.05,
+        ("classify", "class", "z_agg M=5"): 87.36, ("action", "rotation", "z_1, z_2"): 0.29, ("parameters", "rotation", "z_1"): 0.37},
+    ("cifar100", "augment", "all", 2): {
+        ("classify", "class", "z"): 52.07, ("classify", "class", "z_agg M=1"): 53.07, ("classify", "class", "z_agg M=3"): 59.34,
+        ("classify", "class", "z_agg M=5"): 60.17, ("action", "crop", "z_1, z_2"): 0.78, ("action", "jitter", "z_1, z_2"): 0.64,
+        ("action", "blur", "z_1, z_2"): 0.88},
+    ("tiny-imagenet", "augment", "all", 1): {
+        ("classify", "class", "z"): 33.03, ("classify", "class", "z_agg M=1"): 32.34, ("classify", "class", "z_agg M=3"): 36.14,
+        ("classify", "class", "z_agg M=5"): 37.10, ("action", "crop", "z_1, z_2"): 0.64, ("action", "jitter", "z_1, z_2"): 0.49,
+        ("action", "blur", "z_1, z_2"): 0.89},
+    ("tiny-imagenet", "augment", "all", 2): {
+        ("classify", "class", "z"): 27.20, ("classify", "class", "z_agg M=1"): 30.57, ("classify", "class", "z_agg M=3"): 34.99,
+        ("classify", "class", "z_agg M=5"): 35.56, ("action", "crop", "z_1, z_2"): 0.69, ("action", "jitter", "z_1, z_2"): 0.42,
+        ("action", "blur", "z_1, z_2"): 0.93},
 }
 
 
-def probe_classify(train, val, options):
+# ---------------------------------------------------------------- probes: (train features, val features, setup) -> rows
+
+def probe_classify(train, val, setup):
     """Top-1 of a linear classifier on z and on z_agg for every M_val (Tables 1-3, 6)."""
-    classes = int(max(train.labels.max(), val.labels.max())) + 1
-    features = {"z": (train.z_clean, val.z_clean)}
-    features |= {f"z_agg M={M}": (train.z_agg[M], val.z_agg[M]) for M in train.z_agg}
-    for name, (x, x_val) in features.items():
-        head = fit_head("linear classifier", x, train.labels, classes, F.cross_entropy, options)
-        yield dict(probe="classify", predicts="class", features=name, head="linear classifier", unit="top-1 %",
-                   value=accuracy(head, x_val, val.labels))
+    for name, x, x_val in classified(train, val):
+        head, epochs = fit_head("linear classifier", x, train.labels, len(setup.views["val"].classes), F.cross_entropy, setup)
+        yield row("classify", "class", name, "linear classifier", epochs, "top-1 %", accuracy(head, x_val, val.labels))
 
 
-def probe_action(train, val, options):
+def probe_knn(train, val, setup):
+    """Top-1 of 20 nearest neighbours on the same features: nothing is trained."""
+    for name, x, x_val in classified(train, val):
+        value = knn_accuracy(x[0], train.labels, x_val[0], val.labels)
+        yield row("knn", "class", name, "k-NN, k 20, T 0.07", 0, "top-1 %", value)
+
+
+def classified(train, val):
+    yield "z", train.z_clean, val.z_clean
+    for M in train.z_agg:
+        yield f"z_agg M={M}", train.z_agg[M], val.z_agg[M]
+
+
+def probe_action(train, val, setup):
     """R^2 of the relative action from the z of its two views (Sec. 4.3)."""
-    for name, columns in options.groups.items():
-        yield regression("action", name, "z_1, z_2", train.z[:, :, :2].flatten(2), train.actions[:, :, 0, columns],
-                         val.z[:, :, :2].flatten(2), val.actions[:, :, 0, columns], options)
+    for name, columns in setup.views["val"].groups.items():
+        x, y = zip(*((f.z[:, :, :2].flatten(2), f.actions[:, :, 0, columns]) for f in (train, val)))
+        yield regression("action", name, "z_1, z_2", x, y, setup)
 
 
-PROBES = {"classify": probe_classify, "action": probe_action}
+def probe_parameters(train, val, setup):
+    """R^2 of a view's own transformation parameters from its z alone (Table 1, last column)."""
+    for name, columns in setup.views["val"].param_groups.items():
+        x, y = zip(*((f.z[:, :, 0], f.params[:, :, 0, columns]) for f in (train, val)))
+        yield regression("parameters", name, "z_1", x, y, setup)
 
 
-def regression(probe, name, features, x, y, x_val, y_val, options):
-    """One row: fit the paper's head for `name` and score it by R^2 on the validation features."""
-    kind = REGRESSORS[name]
-    head = fit_head(kind, x, y, y.shape[-1], F.mse_loss, options)
+def probe_path(train, val, setup):
+    """Path integration (Sec. 5.5): R^2 of the action x_1 -> x_{M+1} from (z_agg, a_M); then without actions, without views."""
+    name, views = next(iter(setup.views["val"].groups.items()))[0], setup.views["val"]
+    columns = views.groups[name]
+    for M in train.z_agg:
+        y = [views.relative(f.params[:, :, 0], f.params[:, :, M])[..., columns] for f in (train, val)]
+        for words, aggregates, keep_a in (("", "z_agg", 1), (", no actions", "z_agg_still", 0), (", no views", "z_agg_blind", 1)):
+            x = [torch.cat([getattr(f, aggregates)[M], keep_a * f.a[:, :, M - 1]], dim=2) for f in (train, val)]
+            yield regression("path", name, f"z_agg, a_M, M={M}{words}", x, y, setup)
+
+
+def probe_invariance(train, val, setup):
+    """R^2 of each view's own rotation from z_agg with the action embeddings zeroed, averaged over the views (B.2)."""
+    M, columns = setup.M_train, setup.views["val"].param_groups["rotation"]
+    x = [f.z_agg_still[M] for f in (train, val)]
+    rows = [regression("invariance", "rotation", f"z_agg M={M}, no actions", x, [f.params[:, :, i, columns] for f in (train, val)], setup)
+            for i in range(M)]
+    yield rows[0] | dict(value=sum(r["value"] for r in rows) / M, per_view=[r["value"] for r in rows])
+
+
+PROBES = {"classify": probe_classify, "knn": probe_knn, "action": probe_action, "parameters": probe_parameters,
+          "path": probe_path, "invariance": probe_invariance}
+APPLIES = {"saccade": ("classify", "knn", "action", "parameters", "path"),
+           "rotation": tuple(PROBES), "augment": ("classify", "knn", "action", "parameters")}
+
+
+def regression(probe, predicts, features, x, y, setup):
+    """A row: the paper's head for `predicts`, trained on x[0], y[0] and scored by R^2 on x[1], y[1]."""
+    kind = REGRESSORS[predicts]
+    head, epochs = fit_head(kind, x[0], y[0], y[0].shape[-1], F.mse_loss, setup)
     with torch.inference_mode():
-        scores = r2(head(x_val).flatten(0, 1), y_val.flatten(0, 1))
-    return dict(probe=probe, predicts=name, features=features, head=kind, unit="R2", value=scores.mean().item(),
-                per_dimension=scores.tolist())
+        scores = r2(head(x[1]).flatten(0, 1), y[1].flatten(0, 1))
+    return row(probe, predicts, features, kind, epochs, "R2", scores.mean().item()) | dict(per_dimension=scores.tolist())
 
 
-def fit_head(kind, x, y, d_out, loss, options):
-    epochs = options.probe_epochs or EPOCHS[kind]
-    return fit(HEADS[kind](x.shape[-1], d_out), x, y, loss, epochs, seed=options.seed, device=options.device).cpu()
+def fit_head(kind, x, y, d_out, loss, setup):
+    """A trained head of this kind and the epochs it took."""
+    make, epochs = HEADS[kind]
+    epochs = setup.probe_epochs or (epochs // QUICK_SHARE if setup.quick else epochs)
+    return fit(make(x.shape[-1], d_out), x, y, loss, epochs, seed=setup.seed, device=setup.device), epochs
 
+
+def row(probe, predicts, features, head, epochs, unit, value):
+    return {"probe": probe, "predicts": predicts, "from": features, "head": head, "epochs": epochs, "unit": unit, "value": value}
+
+
+# ---------------------------------------------------------------- the two models, the table
 
 def settle_batchnorm(model, views, M):
     """Give an untrained model the BatchNorm statistics of its own activations; no weight moves.
@@ -80,73 +149,76 @@ def settle_batchnorm(model, views, M):
     Without this the comparison would flatter training: an untrained encoder under eval() is not normalised at all."""
     model.train()
     with torch.no_grad():
-        for i in range(CALIBRATION_BATCHES):
+        for i in range(SETTLE_BATCHES):
             seed_all(i)
             batch = views(torch.randint(len(views), (256,)), M)
             model(batch.views, batch.actions)
     return model
 
 
-def measure(model, views, options):
-    """All rows of one model.  views: {"train": sampler, "val": sampler}."""
-    features = {split: extract(model, v, options.views, options.device, samplings=options.samplings if split == "train" else 1,
-                               seed=options.seed + (split == "val"), what=f"{split} features") for split, v in views.items()}
-    for probe in options.probe:
-        for row in PROBES[probe](features["train"], features["val"], options):
-            yield row | dict(n_train=len(views["train"]), n_val=len(views["val"]), samplings=options.samplings,
-                             epochs=options.probe_epochs or EPOCHS[row["head"]])
+def measure(model, setup):
+    """All rows of one model."""
+    train, val = (extract(model, setup.views[split], setup.lengths, setup.device, samplings=samplings, seed=setup.seed + i,
+                          what=f"{split} features") for i, (split, samplings) in enumerate((("train", setup.samplings), ("val", 1))))
+    return [r for probe in setup.probes for r in PROBES[probe](train, val, setup)]
 
 
 def evaluate(options):
     """Load the checkpoint, probe it and a randomly initialised twin, print and keep the table."""
-    started = time.monotonic()
+    started, run_dir = time.monotonic(), Path(options.checkpoint).parent
     checkpoint = load_checkpoint(options.checkpoint)
     changes = {k: v for k in ("data_dir", "limit") if (v := getattr(options, k)) is not None}
-    config = config_of(checkpoint, **changes)
-    options.device, options.seed = pick_device(options.device), config.seed
-    options.views = sorted(set(options.views or VIEWS[config.mode]))
-    views = {split: build_views(config, split, options.device) for split in ("train", "val")}
-    options.groups = views["train"].groups
+    config, device = config_of(checkpoint, **changes), pick_device(options.device)
+    probes = options.probe or APPLIES[config.mode]
+    for probe in set(probes) - set(APPLIES[config.mode]):
+        raise BadInput(f"--probe {probe}: does not apply to mode {config.mode}; choose from {', '.join(APPLIES[config.mode])}")
+    lengths = sorted({*(options.views or LENGTHS[config.mode]), *([config.views] if "invariance" in probes else [])})
+    views = {split: build_views(config, split, device) for split in ("train", "val")}
+    setup = SimpleNamespace(views=views, lengths=lengths, device=device, seed=config.seed, probes=probes, quick=config.quick,
+                            samplings=options.samplings, probe_epochs=options.probe_epochs, M_train=config.views)
 
-    model = build_model(config, options.groups)
+    model = build_model(config, views["val"].groups)
     model.load_state_dict(checkpoint["model"])
-    rows = list(measure(model.to(options.device), views, options))
-    untrained = settle_batchnorm(build_model(config, options.groups).to(options.device), views["train"], config.views)
-    for row, other in zip(rows, measure(untrained, views, options)):
-        row["untrained"] = other["value"]
-        row["paper"] = PAPER.get((config.dataset, config.mode, config.condition, config.views), {}).get((row["probe"], row["features"]))
-    result = dict(checkpoint=str(options.checkpoint), step=checkpoint["step"], config=checkpoint["config"], device=str(options.device),
-                  seconds=round(time.monotonic() - started, 1), rows=rows)
+    rows = measure(model.to(device), setup)
+    untrained = settle_batchnorm(build_model(config, views["val"].groups).to(device), views["train"], config.views)
+    paper = PAPER.get((config.dataset, config.mode, config.condition, config.views), {})
+    for r, other in zip(rows, measure(untrained, setup)):
+        r["untrained"], r["paper"] = other["value"], paper.get((r["probe"], r["predicts"], r["from"]))
+
     print(table(rows))
-    path = options.json or Path(options.checkpoint).parent / "probes.json"
-    save_atomically(Path(path), lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
+    print(f"{len(views['train']):,} training and {len(views['val']):,} validation samples; {options.samplings} view samplings of a "
+          f"training sample; {time.monotonic() - started:.0f} s on {device}")
+    result = dict(checkpoint=str(options.checkpoint), step=checkpoint["step"], config=checkpoint["config"], device=str(device),
+                  n_train=len(views["train"]), n_val=len(views["val"]), samplings=options.samplings,
+                  seconds=round(time.monotonic() - started, 1), rows=rows)
+    save_atomically(Path(options.json or run_dir / "probes.json"), lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     if options.figures:
-        for figure in figures.draw_all(model, views["val"], config, Path(options.checkpoint).parent):
+        for figure in figures.draw_all(model, views["val"], config, run_dir):
             print(f"drew {figure}")
     return 0
 
 
 def table(rows):
     """Rows as aligned text."""
-    lines = [("probe", "predicts", "from", "head", "epochs", "train/val", "unit", "trained", "untrained", "paper")]
+    lines = [("probe", "predicts", "from", "head", "epochs", "unit", "trained", "untrained", "paper")]
     for r in rows:
         digits = 1 if r["unit"] == "top-1 %" else 3
-        paper = "-" if r["paper"] is None else f"{r['paper']:.{digits}f}"
-        lines.append((r["probe"], r["predicts"], r["features"], r["head"], str(r["epochs"]), f"{r['n_train']}/{r['n_val']}",
-                      r["unit"], f"{r['value']:.{digits}f}", f"{r['untrained']:.{digits}f}", paper))
+        value, untrained, paper = ("-" if v is None else f"{v:.{digits}f}" for v in (r["value"], r["untrained"], r["paper"]))
+        lines.append((r["probe"], r["predicts"], r["from"], r["head"], str(r["epochs"]), r["unit"], value, untrained, paper))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Probe a trained model.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Options from the command line."""
+    p = argparse.ArgumentParser(prog="evaluate.py", description="Probe a trained model.")
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's last.pt; settings come from it")
-    p.add_argument("--probe", nargs="+", choices=PROBES, default=list(PROBES), help="which probes")
+    p.add_argument("--probe", nargs="+", choices=PROBES, help="which probes (default: all that apply to the run's mode)")
     p.add_argument("--views", nargs="+", type=int, metavar="M", help="inference lengths M_val (default: the paper's for the mode)")
-    p.add_argument("--probe-epochs", type=int, default=0, help="override the protocol's epochs; 0 = protocol")
-    p.add_argument("--samplings", type=int, default=4, help="view samplings per training sample")
-    p.add_argument("--data-dir", help="where the data is now, if it moved")
+    p.add_argument("--probe-epochs", type=int, default=0, metavar="N",
+                   help="epochs of every head (default: the paper's, a fifth of them for a --quick run)")
+    p.add_argument("--samplings", type=int, default=4, metavar="S", help="view samplings of each training sample (default: 4)")
+    p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--json", metavar="FILE", help="where the numbers go (default: probes.json in the run's folder)")

@@ -22,10 +22,13 @@ class Features(NamedTuple):
     """Frozen features of N samples, each seen S times as a sequence of V views; on the CPU, float32."""
     z_clean: torch.Tensor   # (S, N, D) encoder output of the mode's clean image, or of the first view if it has none
     z: torch.Tensor         # (S, N, V, D) of every view
-    z_agg: dict             # {M: (S, N, D+E)} aggregate of the first M views and the actions between them
+    a: torch.Tensor         # (S, N, V-1, E) embedded actions
     actions: torch.Tensor   # (S, N, V-1, A)
     params: torch.Tensor    # (S, N, V, P)
     labels: torch.Tensor    # (N,)
+    z_agg: dict             # {M: (S, N, D+E)} aggregate of the first M views and the actions between them
+    z_agg_blind: dict       # the same with all z set to zero: actions alone (Fig. 7, green)
+    z_agg_still: dict       # the same with all a set to zero: views alone (Fig. 7, blue; B.2)
 
 
 @torch.inference_mode()
@@ -33,23 +36,26 @@ def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=25
     """Features of every sample of `views` for the inference lengths M_val in `lengths`."""
     was_training = model.training
     model.eval()
-    N, V = len(views), max(max(lengths), 1) + 1
-    rows = []
+    N, V, rows = len(views), max(lengths) + 1, []
     for s in range(samplings):
         for start in tqdm(range(0, N, batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False):
             index = torch.arange(start, min(start + batch_size, N))
             seed_all(seed, s, start)
-            batch = views(index, V - 1)
+            batch, clean = views(index, V - 1), views.clean(index)
             z, a = model.encode(batch.views), model.embed(batch.actions)
-            clean = views.clean(index)
-            rows.append((z[:, 0] if clean is None else model.encoder(clean), z, batch.actions, batch.params, batch.labels,
-                         *(model.aggregate(z[:, :M], a[:, :M - 1]) for M in lengths)))
+            aggregates = [model.aggregate(keep_z * z[:, :M], keep_a * a[:, :M - 1])
+                          for keep_z, keep_a in ((1, 1), (0, 1), (1, 0)) for M in lengths]
+            z_clean = z[:, 0] if clean is None else model.encoder(clean)
+            rows.append((z_clean, z, a, batch.actions, batch.params, batch.labels, *aggregates))
     model.train(was_training)
-    z_clean, z, actions, params, labels, *z_agg = (torch.cat(column).float().cpu().unflatten(0, (samplings, N)) for column in zip(*rows))
-    return Features(z_clean, z, dict(zip(lengths, z_agg)), actions, params, labels[0].long())
+    columns = [torch.cat(column).cpu().unflatten(0, (samplings, N)) for column in zip(*rows)]
+    z_clean, z, a, actions, params = (column.float() for column in columns[:5])
+    z_agg = [dict(zip(lengths, columns[6 + i * len(lengths):])) for i in range(3)]
+    return Features(z_clean, z, a, actions, params, columns[5][0], *z_agg)
 
 
 def linear_head(d_in, d_out):
+    """One linear map (A.2)."""
     return nn.Linear(d_in, d_out)
 
 
@@ -59,11 +65,11 @@ def mlp_head(d_in, d_out):
 
 
 def fit(head, x, y, loss, epochs, *, batch_size=256, seed=0, device="cpu"):
-    """Train `head` with Adam, default settings (A.2).
+    """Train `head` with Adam, default settings (A.2), and return it on the CPU.
 
     x (S, N, d), y (S, N, ...) or (N, ...): epoch e sees sampling e mod S.  loss: (output, target) -> scalar."""
     S, N, _ = x.shape
-    y = y.expand(S, *y.shape) if y.shape[:2] != (S, N) else y
+    y = y if y.shape[:2] == (S, N) else y.expand(S, *y.shape)
     seed_all(seed)
     for module in head.modules():
         if isinstance(module, nn.Linear):
@@ -74,9 +80,9 @@ def fit(head, x, y, loss, epochs, *, batch_size=256, seed=0, device="cpu"):
         order = torch.randperm(N).to(device)
         for rows in order.split(batch_size):
             optimizer.zero_grad(set_to_none=True)
-            loss(head(x[epoch % S, rows]), y[epoch % S, rows]).backward()
+            loss(head(x[epoch % S].index_select(0, rows)), y[epoch % S].index_select(0, rows)).backward()
             optimizer.step()
-    return head.eval()
+    return head.eval().cpu()
 
 
 @torch.inference_mode()
@@ -93,6 +99,20 @@ def r2(prediction, target):
     sst = (target - target.mean(0)).square().sum(0)
     score = 1 - sse / sst.clamp_min(torch.finfo(sst.dtype).tiny)
     return torch.where(sst > 0, score, (sse == 0).to(score))
+
+
+@torch.inference_mode()
+def knn_accuracy(x, y, x_val, y_val, k=20, temperature=0.07):
+    """Top-1 in per cent of a k-nearest-neighbour vote on cosine similarity, weights exp(similarity / T).
+
+    x (N, d), y (N,), x_val (n, d), y_val (n,).  No head is trained, so nothing can overfit."""
+    x, x_val, votes = F.normalize(x, dim=1), F.normalize(x_val, dim=1), int(y.max()) + 1
+    correct = 0
+    for rows, labels in zip(x_val.split(1024), y_val.split(1024)):
+        similarity, nearest = (rows @ x.T).topk(min(k, len(x)), dim=1)
+        weight = (similarity / temperature).softmax(1)
+        correct += (weight.new_zeros(len(rows), votes).scatter_add(1, y[nearest], weight).argmax(1) == labels).sum().item()
+    return 100 * correct / len(y_val)
 
 
 def feature_std(z):

@@ -76,9 +76,12 @@ class Rotations:
             raise BadInput(f"--views {M}: a sequence needs {M + 1} distinct views and an object has {self.view_count}; lower --views")
         chosen = torch.rand(len(index), self.view_count).topk(M + 1).indices       # on the CPU: images may be fetched there
         views, params = self.look(index, chosen)
-        q, hues = params[..., :4], params[..., 4:6]
-        actions = torch.cat([relative(q[:, :-1], q[:, 1:]), hues.diff(dim=1)], dim=-1)
-        return Batch(views, actions, params, self.labels[index].to(self.device))
+        return Batch(views, self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device))
+
+    @staticmethod
+    def relative(first, last):
+        """Action (..., 6) between views with these params (..., 9), however far apart in a sequence."""
+        return torch.cat([relative(first[..., :4], last[..., :4]), last[..., 4:6] - first[..., 4:6]], dim=-1)
 
     def look(self, index, chosen):
         """Chosen views (B, K) of objects (B,), both on the CPU -> views (B, K, 3, S, S), params (B, K, 9)."""

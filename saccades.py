@@ -101,12 +101,17 @@ class Saccades:
         """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
         fixations, patches = self.scanpaths(index, M + 1)
         position = fixations.flip(2) / self.image_size                                   # (row, column) -> (x, y)
-        return Batch(patches, position.diff(dim=1), position, self.labels[index].to(self.device))
+        return Batch(patches, self.relative(position[:, :-1], position[:, 1:]), position, self.labels[index].to(self.device))
 
     def scanpaths(self, index, count):
         """Look at each image `count` times: fixations (B, count, 2), patches (B, count, 3, p, p)."""
         fixations = sample_fixations(self.saliency[index], count, self.patch_size, self.ior)
         return fixations, crop_patches(self.images[index], fixations, self.patch_size, self.mean, self.std)
+
+    @staticmethod
+    def relative(first, last):
+        """The action that takes a view with params `first` to one with `last`, (..., 2) each."""
+        return last - first
 
     def clean(self, index):
         """What z is probed on: the whole image, (B, 3, H, W). The encoder pools, so any size will do."""

@@ -47,7 +47,7 @@ def build_optimizer(model, config, device):
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=config.weight_decay),
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=config.lr, fused=device.type in ("cuda", "cpu"))
 
 
 def compile_or_warn(model, batch, autocast):

@@ -1,0 +1,46 @@
+"""Write an STL-10-format set of real photos from Tiny ImageNet, to try the STL-10 path without the download.
+
+    python results/make_stl10_from_tiny.py TINY_IMAGENET_PARENT OUT
+
+Ten classes, photos enlarged from 64 to 96 px (bicubic): 350 training and 200 test images a class, and 16,500
+unlabelled images of the other classes, in OUT/stl10_binary/*.bin exactly as STL-10 stores them (uint8,
+planes column by column, labels from 1).  It is not STL-10: numbers from it compare with each other only.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms.v2 import functional as TF
+
+CLASSES = {"goldfish": "n01443537", "elephant": "n02504458", "cat": "n02124075", "retriever": "n02099601", "school bus": "n04146614",
+           "sports car": "n04285008", "lifeboat": "n03662601", "butterfly": "n02281406", "pizza": "n07873807", "beacon": "n02814860"}
+
+
+def pixels(files):
+    images = torch.stack([TF.pil_to_tensor(pil_loader(f)) for f in files])
+    images = TF.resize(images, 96, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    return np.ascontiguousarray(images.numpy().transpose(0, 1, 3, 2))
+
+
+def main(source, out):
+    root, out = Path(source) / "tiny-imagenet-200", Path(out) / "stl10_binary"
+    out.mkdir(parents=True)
+    val = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+    train, test = [], []
+    for label, wnid in enumerate(CLASSES.values(), 1):
+        files = sorted((root / "train" / wnid / "images").iterdir())
+        train += [(f, label) for f in files[:350]]
+        test += [(f, label) for f in [*files[350:], *(root / "val" / "images" / name for name, w in val if w == wnid)]]
+    for name, rows in (("train", train), ("test", test)):
+        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+        pixels([f for f, _ in rows]).tofile(out / f"{name}_X.bin")
+        np.array([label for _, label in rows], dtype=np.uint8).tofile(out / f"{name}_y.bin")
+    others = [f for d in sorted((root / "train").iterdir()) if d.name not in CLASSES.values() for f in sorted((d / "images").iterdir())]
+    chosen = np.random.default_rng(0).choice(len(others), 16_500, replace=False)
+    pixels([others[i] for i in chosen]).tofile(out / "unlabeled_X.bin")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,181 @@
+"""Schedules at their corners, exact resume, signals, and the command users type."""
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from build import build_model
+from runs import load_checkpoint
+from train import build_optimizer, epoch_order, lr_at, tau_at
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--width 2 --action-dim 4 --epochs 3 --batch-size 8 --warmup-epochs 1 --device cpu".split()
+MODES = {
+    "saccade": "--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2".split(),
+    "augment": "--dataset folder --mode augment --image-size 20 --views 2".split(),
+    "rotation": "--dataset solids --mode rotation --image-size 16 --limit 16 --object-views 4 --views 2".split(),
+}
+
+
+def command(mode, photos, tmp_path, *more):
+    data = photos if "folder" in MODES[mode] else tmp_path / "data"
+    return [*MODES[mode], *TINY, "--data-dir", str(data), "--out", str(tmp_path / "runs"), *more]
+
+
+def test_learning_rate_at_its_corners():
+    at = lambda step: lr_at(step, steps=100, warmup=20, peak=4e-4, end=1e-5)
+    assert at(0) == 1e-5 and at(20) == 4e-4 and at(99) == pytest.approx(1e-5)
+    assert at(10) == pytest.approx((1e-5 + 4e-4) / 2)
+    assert at(20 + 79 // 2) == pytest.approx(1e-5 + 3.9e-4 * 0.5 * (1 + math.cos(math.pi * 39 / 79)))
+    rates = [at(s) for s in range(100)]
+    assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_learning_rate_without_warmup_or_with_nothing_else():
+    assert lr_at(0, steps=10, warmup=0, peak=1.0, end=0.1) == 1.0
+    assert all(0 < lr_at(s, steps=5, warmup=20, peak=1.0, end=0.1) <= 1.0 for s in range(5))
+    assert lr_at(0, steps=1, warmup=0, peak=1.0, end=0.1) == 1.0
+
+
+def test_momentum_at_its_corners():
+    assert tau_at(0, steps=50, base=0.996) == 0.996 and tau_at(49, steps=50, base=0.996) == 1
+    assert tau_at(0, steps=1, base=0.996) == 0.996
+    taus = [tau_at(s, steps=50, base=0.9) for s in range(50)]
+    assert taus == sorted(taus)
+
+
+def test_biases_norms_and_agg_are_not_decayed(make_config):
+    model = build_model(make_config(width=2, action_dim=4), {"position": slice(0, 2)})
+    decayed, free = build_optimizer(model, make_config(), torch.device("cpu")).param_groups
+    assert decayed["weight_decay"] == 1e-3 and free["weight_decay"] == 0
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 1)[-1] for p in free["params"]} <= {"weight", "bias", "agg", "in_proj_bias"}
+    assert any(names[id(p)] == "aggregator.agg" for p in free["params"])
+    assert not any("bn" in names[id(p)] or "norm" in names[id(p)] or "bias" in names[id(p)] for p in decayed["params"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(decayed["params"]) + len(free["params"]) == len(trained)
+
+
+def test_every_sample_once_an_epoch_in_an_order_of_seed_and_epoch():
+    orders = [epoch_order(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(o.tolist()) == list(range(50)) for o in orders)
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
+    train.epoch_order.cache_clear()
+    assert torch.equal(epoch_order(50, 0, 0), orders[0])
+
+
+def rows_without_speed(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stop_after", [4, 6])             # in the middle and, with 4 or 2 steps an epoch, at the end of an epoch
+def test_resumed_run_is_bit_identical(mode, stop_after, photos, tmp_path, monkeypatch, capsys):
+    stop_after = min(stop_after, 4) if mode == "rotation" else stop_after
+    assert train.main(command(mode, photos, tmp_path, "--name", "straight")) == 0
+    steps = []
+    original = train.next_batch
+
+    def interrupted(views, config, step, epoch_steps):
+        steps.append(step)
+        if len(steps) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)            # the step at hand is finished, saved, and the run leaves
+        return original(views, config, step, epoch_steps)
+
+    monkeypatch.setattr(train, "next_batch", interrupted)
+    assert train.main(command(mode, photos, tmp_path, "--name", "resumed")) == 128 + signal.SIGTERM
+    assert f"after step {stop_after}" in capsys.readouterr().out
+    monkeypatch.setattr(train, "next_batch", original)
+    assert train.main(command(mode, photos, tmp_path, "--name", "resumed", "--resume")) == 0
+    straight, resumed = (tmp_path / "runs" / name for name in ("straight", "resumed"))
+    a, b = (load_checkpoint(run / "last.pt") for run in (straight, resumed))
+    assert a["step"] == b["step"] and same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    assert rows_without_speed(straight) == rows_without_speed(resumed)
+
+
+def test_another_seed_is_another_run(photos, tmp_path):
+    for seed in ("0", "1"):
+        assert train.main(command("saccade", photos, tmp_path, "--name", seed, "--seed", seed, "--epochs", "1", "--warmup-epochs", "0")) == 0
+    a, b = (load_checkpoint(tmp_path / "runs" / seed / "last.pt")["model"] for seed in ("0", "1"))
+    assert not same(a, b)
+
+
+@pytest.mark.parametrize("mode, conditions", [("saccade", ["none"]), ("augment", ["crop", "jitter", "blur", "none"]),
+                                              ("rotation", ["color", "rotation+color", "none"])])
+def test_every_condition_trains(mode, conditions, photos, tmp_path):
+    for condition in conditions:
+        assert train.main(command(mode, photos, tmp_path, "--condition", condition, "--epochs", "1")) == 0
+
+
+@pytest.mark.parametrize("flags", [["--views", "1"], ["--action-in", "predictor"], ["--action-embed", "raw"], ["--action-embed", "noise"],
+                                   ["--no-ior"], ["--saliency", "uniform"], ["--z-norm"], ["--stem", "imagenet"]])
+def test_ablations_train(flags, photos, tmp_path):
+    assert train.main(command("saccade", photos, tmp_path, *flags, "--epochs", "1")) == 0
+
+
+def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(photos, tmp_path, monkeypatch, capsys):
+    original = train.next_batch
+
+    def poisoned(views, config, step, epoch_steps):
+        batch = original(views, config, step, epoch_steps)
+        return batch._replace(views=batch.views * float("nan")) if step == 5 else batch
+
+    monkeypatch.setattr(train, "next_batch", poisoned)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)          # save after every step
+    assert train.main(command("saccade", photos, tmp_path, "--name", "r")) == 2
+    assert "not finite at step 5" in capsys.readouterr().err
+    checkpoint = load_checkpoint(tmp_path / "runs" / "r" / "last.pt")
+    assert checkpoint["step"] == 5 and all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+def test_compile_failure_is_one_line_and_the_run_goes_on(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (_ for _ in ()).throw(RuntimeError("no compiler")))
+    assert train.main(command("saccade", photos, tmp_path, "--compile", "--epochs", "1")) == 0
+    assert capsys.readouterr().out.count("torch.compile failed (RuntimeError), running eager") == 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--batch-size", "1000"], "--batch-size 1000: more than the 36 samples there are"),
+    (["--data-dir", "nowhere"], "nowhere: not found"),
+    (["--saliency", "somewhere"], "--saliency somewhere: expected signature, uniform, deepgaze"),
+    (["--device", "tpu"], "--device tpu: not available here"),
+    (["--action-dim", "3"], "--action-dim 3"),
+    (["--resume"], "no checkpoint there"),
+])
+def test_bad_input_is_one_line_status_2_and_no_run_folder(flags, words, photos, tmp_path, capsys):
+    assert train.main(command("saccade", photos, tmp_path, *flags)) == 2
+    error = capsys.readouterr().err
+    assert words in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_users_type(photos, tmp_path):
+    """python train.py ... && python evaluate.py ..., as separate processes."""
+    run = tmp_path / "runs" / "r"
+    flags = command("saccade", photos, tmp_path, "--name", "r")
+    for line in ([str(ROOT / "train.py"), *flags], [str(ROOT / "evaluate.py"), str(run / "last.pt"), "--probe-epochs", "2", "--figures"]):
+        done = subprocess.run([sys.executable, *line], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "untrained" in done.stdout and "z_agg M=4" in done.stdout
+    expected = {"config.json", "metrics.csv", "curves.png", "last.pt", "encoder.pt", "probes.json", "scanpaths.png"}
+    assert expected <= {p.name for p in run.iterdir()}
+    again = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and "exists already" in again.stderr
