@@ -193,7 +193,7 @@ def evaluate(options):
                   seconds=round(time.monotonic() - started, 1), rows=rows)
     save_atomically(Path(options.json or run_dir / "probes.json"), lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     if options.figures:
-        for figure in figures.draw_all(model, views["val"], config, run_dir):
+        for figure in figures.draw_all(model, views["val"], config, rows, run_dir):
             print(f"drew {figure}")
     return 0
 

@@ -86,13 +86,17 @@ def deepgaze(config, device):
     """DeepGaze IIE as a function of images (B, 3, S, S) uint8 -> maps (B, S, S).  A.1: shown at 512x512.
 
     Its centre bias is DATA_DIR/centerbias_mit1003.npy (log density, any size) if there, else our Gaussian prior.
-    Raises: BadInput if the package is absent."""
+    Raises: BadInput if the package or its weights are absent."""
     try:
         from deepgaze_pytorch import DeepGazeIIE
     except ImportError:
         raise BadInput("--saliency deepgaze: needs the package deepgaze_pytorch (github.com/matthias-k/DeepGaze); "
                        "install it or use --saliency signature") from None
-    model, n = DeepGazeIIE(pretrained=True).to(device).eval(), DEEPGAZE_SIZE
+    try:
+        model, n = DeepGazeIIE(pretrained=True).to(device).eval(), DEEPGAZE_SIZE
+    except OSError as error:                            # no network, a moved address, no room
+        raise BadInput(f"--saliency deepgaze: could not fetch its weights ({error}); see github.com/matthias-k/DeepGaze "
+                       "or use --saliency signature") from None
     bias_file = centre_bias_file(config)
     if bias_file.exists():
         bias = torch.tensor(open_array(bias_file), dtype=torch.float32)[None, None]
@@ -126,10 +130,10 @@ def centre_prior(n, device=None):
 
 def dct_matrix(n):
     """Orthonormal DCT-II: (n, n), so that C @ x transforms the columns of x and C.T @ (C @ x) = x."""
-    k, i = torch.arange(n)[:, None], torch.arange(n)[None, :]
-    C = torch.cos(math.pi * (i + 0.5) * k / n) * math.sqrt(2 / n)
+    i = torch.arange(n, dtype=torch.float64)             # float32 cannot hold angles of 200 radians well enough
+    C = torch.cos(math.pi * (i + 0.5) * i[:, None] / n) * math.sqrt(2 / n)
     C[0] /= math.sqrt(2)
-    return C
+    return C.float()
 
 
 def gaussian_matrix(n, sigma):

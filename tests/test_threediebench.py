@@ -1,6 +1,7 @@
 """3DIEBench folders in the published format, small ones made on the spot: what is packed, resumed, and refused."""
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from cache import cache_path
 from config import BadInput
 from datasets import decode, load
 
-VIEWS = 10       # per object; only test_published_form writes all 50
+VIEWS = 5        # per object; only test_published_form writes all 50
 SYNSETS = ("02691156", "02747177", "02808440")
 CPU = torch.device("cpu")
 
@@ -55,13 +56,14 @@ def config(make_config, monkeypatch):
 def decoded(monkeypatch):
     """Object folders in the order in which an image of theirs was first decoded; may be told to break down."""
     class Log(list):
-        break_at = None
+        break_at, calls = None, 0
 
     log = Log()
 
     def spy(file, size):
         if file.parent.name == log.break_at:
             raise KeyboardInterrupt
+        log.calls += 1
         if file.parent.name not in log:
             log.append(file.parent.name)
         return decode(file, size)
@@ -117,9 +119,11 @@ def test_split_files_may_lie_in_data_dir_itself(config, root, make_config):
 
 
 def test_limit_is_balanced_and_decodes_nothing_else(config, root, make_config, decoded):
+    by_class = [0, 3, 1, 4, 2, 5]
+    write_split(root, "train", [f"/{SYNSETS[i % 3]}/train{i}/" for i in by_class], [i % 3 for i in by_class])
     split = load(make_config("3diebench", "rotation", image_size=8, limit=3), "train")
-    assert sorted(split.labels.tolist()) == [0, 1, 2] and len(decoded) == 3
-    assert split.parts[0].total == 6 and [f"train{i}" for i in split.parts[0].rows] == decoded
+    assert split.labels.tolist() == [0, 1, 2] and len(decoded) == 3
+    assert split.parts[0].total == 6 and [f"train{by_class[i]}" for i in split.parts[0].rows] == decoded
     np.testing.assert_array_equal(split.parts[0].images[0], load(config, "train").parts[0].images[split.parts[0].rows[0]])
 
 
@@ -134,8 +138,8 @@ def test_views_and_actions_end_to_end(config, root):
     views = build_views(config, "pretrain", CPU)
     batch = views(torch.arange(6), config.views)
     assert batch.views.shape == (6, 4, 3, 8, 8) and batch.actions.shape == (6, 3, 6)
-    stored = torch.from_numpy(np.load(root / SYNSETS[0] / "train0" / "latent_7.npy")).float()
-    assert torch.equal(views.all_views(torch.tensor([0]))[1][0, 7, 6:], stored[:3])
+    stored = torch.from_numpy(np.load(root / SYNSETS[0] / "train0" / "latent_4.npy")).float()
+    assert torch.equal(views.all_views(torch.tensor([0]))[1][0, 4, 6:], stored[:3])
 
 
 # ---------------------------------------------------------------- packing: disk, interruption, mismatch
@@ -167,6 +171,13 @@ def test_interrupted_pack_goes_on_with_the_remaining_objects(config, root, make_
     undisturbed = load(make_config("3diebench", "rotation", image_size=8, data_dir=str(root)), "train")
     np.testing.assert_array_equal(resumed.parts[0].images, undisturbed.parts[0].images)
     np.testing.assert_array_equal(resumed.latents, undisturbed.latents)
+
+
+def test_two_at_once_make_one_pack(config, root, decoded):
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda split: load(config, split), ("pretrain", "train"))
+    assert decoded.calls == 6 * VIEWS
+    np.testing.assert_array_equal(first.parts[0].images, second.parts[0].images)
 
 
 def interrupt(config, decoded, at="train3"):
@@ -207,7 +218,7 @@ def test_unfinished_pack_that_cannot_be_trusted_starts_anew(config, root, decode
     assert not progress.exists()                              # no old note may vouch for the empty array
     images = load(config, "train").parts[0].images
     assert len(decoded) == 6
-    np.testing.assert_array_equal(images[0, 9], decode(root / first / "image_9.jpg", 8))
+    np.testing.assert_array_equal(images[0, 4], decode(root / first / "image_4.jpg", 8))
 
 
 def test_finished_pack_of_another_size_or_other_objects_is_not_used(config, root, make_config, decoded):
@@ -253,12 +264,12 @@ def test_missing_folder_says_where_it_looked(make_config):
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "image_7.jpg: not a readable image .*No such file"),
-    (b"", "image_7.jpg: not a readable image"),
-    (b"not a jpeg", "image_7.jpg: not a readable image"),
+    (None, "image_3.jpg: not a readable image .*No such file"),
+    (b"", "image_3.jpg: not a readable image"),
+    (b"not a jpeg", "image_3.jpg: not a readable image"),
 ])
 def test_missing_or_unreadable_image_is_named(config, root, content, message):
-    image = root / SYNSETS[1] / "train1" / "image_7.jpg"
+    image = root / SYNSETS[1] / "train1" / "image_3.jpg"
     image.unlink() if content is None else image.write_bytes(content)
     refuse(config, f"{SYNSETS[1]}/train1/{message}")
 
@@ -274,8 +285,8 @@ def write_latent(path, latent):
     (b"\x93NUMPY cut", "not a readable .npy array"),
 ])
 def test_missing_or_wrong_latent_is_named_before_images_are_decoded(config, root, decoded, latent, message):
-    write_latent(root / SYNSETS[2] / "train5" / "latent_8.npy", latent)
-    refuse(config, f"train5/latent_8.npy: {message}")
+    write_latent(root / SYNSETS[2] / "train5" / "latent_2.npy", latent)
+    refuse(config, f"train5/latent_2.npy: {message}")
     assert not decoded
 
 
@@ -303,7 +314,7 @@ def test_mended_folder_goes_on_where_the_fault_was(config, root, decoded):
 
 
 def test_too_little_disk_is_said_before_decoding(config, root, decoded, monkeypatch):
-    monkeypatch.setattr("cache.shutil.disk_usage", lambda path: type("Usage", (), dict(free=10_000))())
+    monkeypatch.setattr("cache.shutil.disk_usage", lambda path: type("Usage", (), dict(free=5_000))())
     refuse(config, "needs 0.0 GB and 0.0 GB are free; make room or lower --limit")
     assert not decoded
 

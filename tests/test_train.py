@@ -175,7 +175,7 @@ def test_the_commands_users_type(photos, tmp_path):
         done = subprocess.run([sys.executable, *line], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "untrained" in done.stdout and "z_agg M=4" in done.stdout
-    expected = {"config.json", "metrics.csv", "curves.png", "last.pt", "encoder.pt", "probes.json", "scanpaths.png"}
+    expected = {"config.json", "metrics.csv", "curves.png", "last.pt", "encoder.pt", "probes.json", "views.png"}
     assert expected <= {p.name for p in run.iterdir()}
     again = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and "exists already" in again.stderr

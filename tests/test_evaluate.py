@@ -1,0 +1,131 @@
+"""The table: every probe of a mode, on features of the frozen model, beside a random twin; and clear refusals."""
+import json
+
+import pytest
+import torch
+
+import evaluate
+import runs
+import train
+from build import build_model, build_views
+from runs import load_checkpoint
+from test_train import MODES, command
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trained(photos, tmp_path):
+    def run(mode, *flags):
+        assert train.main(command(mode, photos, tmp_path, "--name", mode, "--epochs", "1", *flags)) == 0
+        return tmp_path / "runs" / mode
+    return run
+
+
+@pytest.mark.parametrize("mode, expected", [
+    ("saccade", {"classify": 3, "knn": 3, "action": 1, "parameters": 1, "path": 6}),
+    ("augment", {"classify": 3, "knn": 3, "action": 3, "parameters": 3}),
+    ("rotation", {"classify": 3, "knn": 3, "action": 2, "parameters": 2, "path": 6, "invariance": 1}),
+])
+def test_every_probe_of_a_mode_gives_its_rows(mode, expected, trained, capsys):
+    run = trained(mode)
+    lengths = ["1", "2"]
+    assert evaluate.main([str(run / "last.pt"), "--views", *lengths, "--probe-epochs", "2", "--samplings", "1", "--figures"]) == 0
+    result = json.loads((run / "probes.json").read_text())
+    counts = {p: sum(r["probe"] == p for r in result["rows"]) for p in expected}
+    assert counts == expected and len(result["rows"]) == sum(expected.values())
+    printed = capsys.readouterr().out
+    for r in result["rows"]:
+        assert torch.tensor([r["value"], r["untrained"]]).isfinite().all() and r["epochs"] == (0 if r["probe"] == "knn" else 2)
+        assert r["from"] in printed and r["head"] in printed
+    assert "val" in printed and result["n_train"] > 0 and result["step"] > 0
+
+
+def test_evaluation_leaves_the_checkpoint_s_model_untouched(trained, monkeypatch):
+    run = trained("saccade")
+    seen = []
+    original = evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda model, setup: seen.append(model) or original(model, setup))
+    assert evaluate.main([str(run / "last.pt"), "--probe-epochs", "1", "--samplings", "1"]) == 0
+    saved = load_checkpoint(run / "last.pt")["model"]
+    assert all(torch.equal(v, saved[k]) for k, v in seen[0].state_dict().items())
+
+
+def test_untrained_twin_has_initial_weights_and_settled_statistics(make_config, photos):
+    config = make_config(data_dir=str(photos), image_size=20, patch_size=8, width=2, action_dim=4, batch_size=8)
+    views = build_views(config, "train", CPU)
+    fresh = build_model(config, views.groups)
+    twin = evaluate.settle_batchnorm(build_model(config, views.groups), views, 2)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), twin.parameters()))
+    assert not torch.equal(fresh.encoder.bn1.running_mean, twin.encoder.bn1.running_mean)
+
+
+def test_heads_and_epochs_are_the_paper_s():
+    assert {k: e for k, (_, e) in evaluate.HEADS.items()} == {"linear classifier": 300, "mlp": 300, "linear": 50}
+    assert {k for k, v in evaluate.REGRESSORS.items() if v == "mlp"} == {"rotation", "crop", "jitter"}
+
+
+def test_paper_s_numbers_name_rows_that_exist():
+    """A typo in a key would silently drop the comparison."""
+    for (dataset, mode, condition, M), numbers in evaluate.PAPER.items():
+        for probe, predicts, features in numbers:
+            assert probe in evaluate.APPLIES[mode] and predicts in ("class", *evaluate.REGRESSORS)
+            if "M=" in features:
+                assert int(features.split("M=")[1].split(",")[0]) in evaluate.LENGTHS[mode]
+
+
+def test_table_is_aligned_and_says_what_is_missing():
+    rows = [evaluate.row("classify", "class", "z", "linear classifier", 300, "top-1 %", 81.234) | dict(untrained=20.0, paper=81.2),
+            evaluate.row("action", "position", "z_1, z_2", "linear", 50, "R2", 0.5) | dict(untrained=-0.01, paper=None)]
+    lines = evaluate.table(rows).splitlines()
+    assert "81.2" in lines[1] and "0.500" in lines[2] and "-0.010" in lines[2] and lines[2].endswith("-")
+    assert len({line.index(unit) for line, unit in zip(lines, ("unit", "top-1 %", "R2"))}) == 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--probe", "invariance"], "--probe invariance: does not apply to mode saccade"),
+    (["--views", "0"], "--views 0: M_val must be at least 1"),
+    (["--samplings", "0"], "--samplings must be at least 1"),
+    (["--data-dir", "nowhere"], "nowhere: not found"),
+    (["--device", "abacus"], "--device abacus"),
+])
+def test_bad_input_is_one_line_and_status_2(flags, words, trained, capsys):
+    run = trained("saccade")
+    capsys.readouterr()
+    assert evaluate.main([str(run / "last.pt"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    assert not (run / "probes.json").exists()
+
+
+def test_foreign_checkpoint_is_refused(tmp_path, capsys):
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "x.pt")
+    assert evaluate.main([str(tmp_path / "x.pt")]) == 2
+    assert "not a checkpoint of this project" in capsys.readouterr().err
+
+
+def test_more_views_than_renders_is_refused(trained, capsys):
+    run = trained("rotation")
+    assert evaluate.main([str(run / "last.pt"), "--views", "4"]) == 2
+    assert "--views 4" in capsys.readouterr().err
+
+
+def test_all_heads_beat_noise_on_informative_features(make_config):
+    """End to end of one row: features that contain the class and the action are read out, pure noise is not."""
+    from types import SimpleNamespace
+    from probes import Features
+    def features(n, informative):
+        y = torch.randint(0, 3, (n,))
+        action = torch.randn(1, n, 1, 2)
+        z = torch.randn(1, n, 2, 6)
+        if informative:
+            z[0, :, 0, :3] += 4 * torch.nn.functional.one_hot(y, 3)
+            z[0, :, 1, 3:5] = z[0, :, 0, 3:5] + action[0, :, 0]
+        return Features(z[:, :, 0], z, action, action, torch.randn(1, n, 2, 2), y, {1: z[:, :, 0]}, {}, {})
+    views = SimpleNamespace(groups={"position": slice(0, 2)}, classes=["a", "b", "c"])
+    setup = SimpleNamespace(views={"val": views}, probe_epochs=600, quick=False, seed=0, device=CPU)
+    for informative in (True, False):
+        pair = features(900, informative), features(300, informative)
+        top1 = next(evaluate.probe_classify(*pair, setup))["value"]
+        score = next(evaluate.probe_action(*pair, setup))["value"]
+        assert (top1 > 90 and score > 0.9) if informative else (top1 < 50 and score < 0.1)
