@@ -22,6 +22,7 @@ import figures
 from build import build_model, build_views, pick_device, seed_all
 from config import BadInput
 from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2
+from report import write_report
 from runs import config_of, load_checkpoint, save_atomically
 
 HEADS = {"linear classifier": (linear_head, 300), "mlp": (mlp_head, 300), "linear": (linear_head, 50)}    # and epochs, A.2
@@ -195,7 +196,28 @@ def evaluate(options):
     if options.figures:
         for figure in figures.draw_all(model, views["val"], config, rows, run_dir):
             print(f"drew {figure}")
+        print(f"wrote {write_report(run_dir)}")
     return 0
+
+
+ONLINE_LIMIT = 2000             # samples of each split that an online probe looks at
+
+
+def online(model, views, config, device, due=True):
+    """Cheap probes during training (--probe-every), on the encoder as it is: k-NN on z and z_agg, linear action R^2.
+
+    views: {"train", "val"} samplers.  Not the paper's protocol: fewer samples, shorter heads. NaN unless due."""
+    if not due:
+        return dict.fromkeys(("knn_z", "knn_z_agg", "action_r2"), float("nan"))
+    M = config.views
+    some = {split: torch.linspace(0, len(v) - 1, min(ONLINE_LIMIT, len(v))).long() for split, v in views.items()}
+    train, val = (extract(model, views[split], [M], device, seed=config.seed, index=some[split]) for split in ("train", "val"))
+    name, columns = next(iter(views["val"].groups.items()))
+    x, y = zip(*((f.z[:, :, :2].flatten(2), f.actions[:, :, 0, columns]) for f in (train, val)))
+    setup = SimpleNamespace(probe_epochs=50, quick=False, seed=config.seed, device=device)
+    return dict(knn_z=knn_accuracy(train.z_clean[0], train.labels, val.z_clean[0], val.labels),
+                knn_z_agg=knn_accuracy(train.z_agg[M][0], train.labels, val.z_agg[M][0], val.labels),
+                action_r2=regression("action", name, "z_1, z_2", x, y, setup)["value"])
 
 
 def table(rows):
@@ -222,7 +244,7 @@ def parse(argv=None):
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--json", metavar="FILE", help="where the numbers go (default: probes.json in the run's folder)")
-    p.add_argument("--figures", action="store_true", help="draw the figures into the run's folder")
+    p.add_argument("--figures", action="store_true", help="draw the figures and report.html into the run's folder")
     options = p.parse_args(argv)
     if options.views and min(options.views) < 1:
         raise BadInput(f"--views {min(options.views)}: M_val must be at least 1")

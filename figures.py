@@ -36,11 +36,16 @@ def draw_curves(run_dir):
     panels = [("prediction loss, 1 - cosine (Eq. 4)", {"loss": BLUE}), ("learning rate", {"lr": BLUE}),
               ("spread of features (1 healthy, 0 collapsed)", {"z_std": BLUE, "z_agg_std": ORANGE}),
               ("effective rank of features (RankMe)", {"z_rank": BLUE, "z_agg_rank": ORANGE})]
-    figure, axes = plt.subplots(1, 4, figsize=(18, 3.6), layout="constrained")
+    probed = [r for r in rows if r["knn_z"] == r["knn_z"]]                     # NaN where no online probe was due
+    if probed:
+        panels += [("online k-NN top-1, % (not the protocol)", {"knn_z": BLUE, "knn_z_agg": ORANGE}),
+                   ("online R\u00b2 of the action (not the protocol)", {"action_r2": BLUE})]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for axis, (title, lines) in zip(axes, panels):
         for name, colour in lines.items():
-            axis.plot([r["epoch"] for r in rows], [r[name] for r in rows], color=colour, marker="." if len(rows) < 60 else None,
-                      label=re.sub("_std|_rank", "", name))
+            shown = [r for r in rows if r[name] == r[name]]
+            axis.plot([r["epoch"] for r in shown], [r[name] for r in shown], color=colour, marker="." if len(shown) < 60 else None,
+                      label=re.sub("knn_|_std|_rank", "", name))
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         if len(lines) > 1:

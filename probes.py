@@ -32,16 +32,16 @@ class Features(NamedTuple):
 
 
 @torch.inference_mode()
-def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=256, what="features"):
-    """Features of every sample of `views` for the inference lengths M_val in `lengths`."""
+def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=256, index=None, what="features"):
+    """Features of the samples `index` (all if None) of `views` for the inference lengths M_val in `lengths`."""
     was_training = model.training
     model.eval()
-    N, V, rows = len(views), max(lengths) + 1, []
+    index = torch.arange(len(views)) if index is None else index
+    N, V, rows = len(index), max(lengths) + 1, []
     for s in range(samplings):
-        for start in tqdm(range(0, N, batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False):
-            index = torch.arange(start, min(start + batch_size, N))
-            seed_all(seed, s, start)
-            batch, clean = views(index, V - 1), views.clean(index)
+        for i, some in enumerate(tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False)):
+            seed_all(seed, s, i)
+            batch, clean = views(some, V - 1), views.clean(some)
             z, a = model.encode(batch.views), model.embed(batch.actions)
             aggregates = [model.aggregate(keep_z * z[:, :M], keep_a * a[:, :M - 1])
                           for keep_z, keep_a in ((1, 1), (0, 1), (1, 0)) for M in lengths]

@@ -407,7 +407,7 @@ def shade(solids, object_index, latents, placed, points, primitive, lit, light, 
     pattern = 1 + STRIPE_STRENGTH * torch.sin((position * wave[view]).sum(-1) + stripes[view, 3])
     albedo[:, on_object] = (solids.colour[object_index[view], p] * pattern[:, None]).T
     towards = light.T[:, :, None] - points.view(3, B, -1)
-    towards = towards / towards.norm(dim=0)
+    towards = towards * (towards * towards).sum(0).rsqrt()
     cosine = -(light_axes[:, 2].T[:, :, None] * towards).sum(0)
     spot = ((cosine - math.cos(SPOT_OUTER)) / (math.cos(SPOT_INNER) - math.cos(SPOT_OUTER))).clamp(0, 1)
     power = SPOT_STRENGTH * spot * (towards * normal.view(3, B, -1)).sum(0).clamp(min=0) * lit.view(B, -1)

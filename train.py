@@ -23,10 +23,12 @@ import figures
 import runs
 from build import build_model, build_views, pick_device, seed_all
 from config import BadInput
+from evaluate import online
 from probes import effective_rank, feature_std
 
 SAVE_SECONDS = 60           # between checkpoints; the end of a run and a signal always save
 LOOK_STEPS = 20             # between looks at the loss: each look waits for the device
+COLLAPSED_STD, COLLAPSED_RANK = 0.05, 1.5       # below either, features have lost their content
 
 
 def lr_at(step, *, steps, warmup, peak, end):
@@ -88,15 +90,13 @@ class Meters:
 
 
 class Stopwatch:
-    """Images per second since the last lap."""
+    """Images per second since it was made."""
 
     def __init__(self):
         self.start, self.count = time.monotonic(), 0
 
     def lap(self):
-        rate = self.count / (time.monotonic() - self.start)
-        self.__init__()
-        return round(rate, 1)
+        return round(self.count / (time.monotonic() - self.start), 1)
 
 
 class StopSignal:
@@ -136,6 +136,7 @@ def train(config):
     if config.compile or (config.compile is None and device.type == "cuda"):
         compile_or_warn(model, next_batch(views, config, step, epoch_steps), autocast)
 
+    probe_views = config.probe_every and {split: build_views(config, split, device) for split in ("train", "val")}
     stop, saved_at, clock = StopSignal(), time.monotonic(), Stopwatch()
     bar = tqdm(total=steps * images_per_step, initial=step * images_per_step, unit="img", unit_scale=True, desc=config.name)
     while step < steps and stop.number is None:
@@ -158,10 +159,12 @@ def train(config):
         if step % LOOK_STEPS == 0:
             bar.set_postfix(loss=f"{meters.mean_loss():.4f}")
         if step % epoch_steps == 0:
-            row = dict(epoch=step // epoch_steps, step=step, loss=meters.mean_loss(), lr=lr, tau=tau, **health(out),
-                       images_per_second=clock.lap())
+            epoch, speed = step // epoch_steps, clock.lap()
+            row = dict(epoch=epoch, step=step, loss=meters.mean_loss(), lr=lr, tau=tau, **health(out), images_per_second=speed)
+            warn_of_collapse(row, bar)
+            row |= online(model, probe_views, config, device, due=probe_views and epoch % config.probe_every == 0)
             runs.append_metrics(config.run_dir / "metrics.csv", row)
-            meters = Meters(device)
+            meters, clock = Meters(device), Stopwatch()     # a fresh clock: probes are not training time
         if step == steps or time.monotonic() - saved_at > SAVE_SECONDS:
             save(config, model, optimizer, step, meters)
             saved_at = time.monotonic()
@@ -187,6 +190,16 @@ def health(out):
     """Whether features live: their spread and effective rank over the last batch of an epoch (low = collapse)."""
     z = out.z.flatten(0, 1)
     return dict(z_std=feature_std(z), z_rank=effective_rank(z), z_agg_std=feature_std(out.z_agg), z_agg_rank=effective_rank(out.z_agg))
+
+
+def warn_of_collapse(row, bar):
+    """Say so, in one line, when an epoch's features have become nearly the same for every input."""
+    for name in ("z", "z_agg"):
+        std, rank = row[f"{name}_std"], row[f"{name}_rank"]
+        if std < COLLAPSED_STD or rank < COLLAPSED_RANK:
+            bar.write(f"warning: {name} has collapsed at epoch {row['epoch']} (spread {std:.3f}, effective rank {rank:.1f}): a low loss "
+                      "means nothing now; lower --lr, raise --ema, or try --z-norm")
+            return
 
 
 def save(config, model, optimizer, step, meters):

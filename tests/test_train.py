@@ -179,3 +179,29 @@ def test_the_commands_users_type(photos, tmp_path):
     assert expected <= {p.name for p in run.iterdir()}
     again = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and "exists already" in again.stderr
+
+
+def test_collapse_is_said_once_and_health_is_not(photos, tmp_path, monkeypatch, capsys):
+    """An encoder that answers the same to everything triggers the warning; an ordinary run does not."""
+    assert train.main(command("saccade", photos, tmp_path, "--name", "healthy", "--epochs", "2")) == 0
+    assert "collapsed" not in "".join(capsys.readouterr())
+    forward = train.build_model
+
+    def constant(config, groups):
+        model = forward(config, groups)
+        model.encoder.register_forward_hook(lambda module, inputs, z: z * 0 + 1)
+        return model
+
+    monkeypatch.setattr(train, "build_model", constant)
+    assert train.main(command("saccade", photos, tmp_path, "--name", "collapsed", "--epochs", "1", "--warmup-epochs", "0")) == 0
+    assert "".join(capsys.readouterr()).count("warning: z has collapsed at epoch 1") == 1
+
+
+def test_online_probes_fill_their_columns_and_leave_training_alone(photos, tmp_path):
+    for name, flags in (("plain", []), ("probed", ["--probe-every", "2"])):
+        assert train.main(command("saccade", photos, tmp_path, "--name", name, *flags)) == 0
+    plain, probed = (tmp_path / "runs" / name for name in ("plain", "probed"))
+    assert same(load_checkpoint(plain / "last.pt")["model"], load_checkpoint(probed / "last.pt")["model"])
+    knn = [float(row["knn_z"]) for row in rows_without_speed(probed)]
+    assert [math.isnan(v) for v in knn] == [True, False, True] and 0 <= knn[1] <= 100
+    assert all(math.isnan(float(row["action_r2"])) for row in rows_without_speed(plain))
