@@ -106,6 +106,7 @@ def measure(name, device, batch, repeats):
 
 
 def main(argv=None):
+    """Print the table."""
     p = argparse.ArgumentParser(prog="bench.py", description="Views per second, batched and one image at a time.")
     p.add_argument("--device", default="cpu", help="auto | cpu | cuda | mps")
     p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")

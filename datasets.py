@@ -11,6 +11,7 @@ become floats only on the device. Files are decoded once, into an array cached u
 Checked in tests/test_datasets.py.
 """
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -148,7 +149,9 @@ def read_stl10(config, split):
         y = np.full(len(x), -1) if name == "unlabeled" else _stl10_labels(folder / f"{name}_y.bin", len(x))
         parts.append(_part(x, y, name, source, config))
         labels.append(y if parts[-1].rows is None else y[parts[-1].rows])
-    return parts, np.concatenate(labels), STL10_CLASSES, source
+    names = folder / "class_names.txt"
+    classes = names.read_text().split() if names.exists() else STL10_CLASSES
+    return parts, np.concatenate(labels), classes, source
 
 
 def _stl10_images(path):
@@ -238,10 +241,13 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 
 
 def image_files(folder):
-    """All images below `folder`, sorted; hidden files and folders are skipped."""
+    """All images below `folder`, sorted, through links too; hidden files and folders are skipped."""
     _require(folder, "expected a folder of images")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES
-                   and not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    files = []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        files += [Path(where) / n for n in names if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
+    files.sort()
     if not files:
         raise BadInput(f"{folder}: no image there (looked for {' '.join(sorted(SUFFIXES))} at any depth)")
     return files
@@ -251,7 +257,7 @@ def decoded(files, labels, classes, config, name):
     """Decode the files that --limit leaves, once, at config.image_size, into the cache."""
     chosen, total, size = choose(labels, config.limit), len(files), config.image_size
     files = [files[i] for i in chosen]
-    source = dict(dataset=config.dataset, files=fingerprint(files), size=size)
+    source = dict(dataset=config.dataset, files=fingerprint(files, Path(config.data_dir)), size=size)
 
     def fill(array):
         with ThreadPoolExecutor() as pool:                 # decoding releases the interpreter lock
@@ -278,13 +284,13 @@ def decode(path, size):
     return image.numpy()
 
 
-def fingerprint(files):
-    """Names, sizes and times of files, hashed: changes when one is added, removed or replaced."""
+def fingerprint(files, root):
+    """Names below `root`, sizes and times of files, hashed: changes when one is added, removed or replaced."""
     digest = hashlib.sha256()
     for file in files:
         _require(file, "listed but absent; fetch the data set again")
         status = file.stat()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

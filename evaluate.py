@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import figures
 from build import build_model, build_views, pick_device, seed_all
 from config import BadInput
-from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2
+from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
 from report import write_report
 from runs import config_of, load_checkpoint, save_atomically
 
@@ -29,7 +29,7 @@ HEADS = {"linear classifier": (linear_head, 300), "mlp": (mlp_head, 300), "linea
 # Which head regresses which part of an action.  A.2
 REGRESSORS = {"position": "linear", "rotation": "mlp", "color": "linear", "crop": "mlp", "jitter": "mlp", "blur": "linear"}
 LENGTHS = {"saccade": (1, 4, 6), "rotation": (1, 3, 5), "augment": (1, 3, 5)}             # M_val of Tables 1-3 and 6
-QUICK_SHARE = 5                 # a --quick run trains heads for a fifth of the protocol's epochs
+QUICK_SHARE = 5                 # a --quick run trains MLP heads for a fifth of the protocol's epochs
 SETTLE_BATCHES = 20
 
 # The paper's numbers: (data set, mode, condition, M_tr) -> {(probe, predicts, from): value}.  Tables 1, 2, 3, 6; B.2
@@ -77,6 +77,7 @@ def probe_knn(train, val, setup):
 
 
 def classified(train, val):
+    """(name, train features, val features) of everything that a class is read from."""
     yield "z", train.z_clean, val.z_clean
     for M in train.z_agg:
         yield f"z_agg M={M}", train.z_agg[M], val.z_agg[M]
@@ -116,8 +117,28 @@ def probe_invariance(train, val, setup):
     yield rows[0] | dict(value=sum(r["value"] for r in rows) / M, per_view=[r["value"] for r in rows])
 
 
+@torch.inference_mode()
+def probe_retrieval(train, val, setup):
+    """Does z_hat find the true next view among the object's views it has not seen? MRR, H@1, H@5 (as SIE's predictor metrics)."""
+    views, M, model, ranks = setup.views["val"], setup.M_train, setup.model.eval(), []
+    for index in torch.arange(len(views)).split(128):
+        seed_all(setup.seed, 2, int(index[0]))
+        chosen = torch.rand(len(index), views.view_count).topk(M + 1).indices
+        all_views, params = views.all_views(index)
+        seen, row_of = params.gather(1, chosen.to(params.device)[..., None].expand(-1, -1, params.shape[2])), chosen.to(params.device)
+        a = model.embed(views.relative(seen[:, :-1], seen[:, 1:]))
+        z = model.encode(all_views.gather(1, row_of[:, :M, None, None, None].expand(-1, -1, *all_views.shape[2:])))
+        z_hat = model.predict(model.aggregate(z, a[:, :-1]), a[:, -1])
+        candidates = model.target_encoder(all_views.flatten(0, 1)).unflatten(0, all_views.shape[:2])
+        allowed = torch.ones(all_views.shape[:2], dtype=torch.bool, device=z.device).scatter(1, row_of[:, :M], False)
+        ranks.append(retrieval_ranks(z_hat, candidates, row_of[:, M], allowed).cpu())
+    ranks = torch.cat(ranks).float()
+    for name, value in (("MRR", 1 / ranks), ("H@1", (ranks <= 1).float()), ("H@5", (ranks <= 5).float())):
+        yield row("retrieval", "next view", f"z_hat, M={M}, among {views.view_count - M}", "none", 0, name, value.mean().item())
+
+
 PROBES = {"classify": probe_classify, "knn": probe_knn, "action": probe_action, "parameters": probe_parameters,
-          "path": probe_path, "invariance": probe_invariance}
+          "path": probe_path, "invariance": probe_invariance, "retrieval": probe_retrieval}
 APPLIES = {"saccade": ("classify", "knn", "action", "parameters", "path"),
            "rotation": tuple(PROBES), "augment": ("classify", "knn", "action", "parameters")}
 
@@ -134,11 +155,12 @@ def regression(probe, predicts, features, x, y, setup):
 def fit_head(kind, x, y, d_out, loss, setup):
     """A trained head of this kind and the epochs it took."""
     make, epochs = HEADS[kind]
-    epochs = setup.probe_epochs or (epochs // QUICK_SHARE if setup.quick else epochs)
+    epochs = setup.probe_epochs or (epochs // QUICK_SHARE if setup.quick and kind == "mlp" else epochs)
     return fit(make(x.shape[-1], d_out), x, y, loss, epochs, seed=setup.seed, device=setup.device), epochs
 
 
 def row(probe, predicts, features, head, epochs, unit, value):
+    """One line of the table."""
     return {"probe": probe, "predicts": predicts, "from": features, "head": head, "epochs": epochs, "unit": unit, "value": value}
 
 
@@ -161,6 +183,7 @@ def measure(model, setup):
     """All rows of one model."""
     train, val = (extract(model, setup.views[split], setup.lengths, setup.device, samplings=samplings, seed=setup.seed + i,
                           what=f"{split} features") for i, (split, samplings) in enumerate((("train", setup.samplings), ("val", 1))))
+    setup.model = model                                    # for the one probe that needs the predictor
     return [r for probe in setup.probes for r in PROBES[probe](train, val, setup)]
 
 
@@ -182,7 +205,8 @@ def evaluate(options):
     model.load_state_dict(checkpoint["model"])
     rows = measure(model.to(device), setup)
     untrained = settle_batchnorm(build_model(config, views["val"].groups).to(device), views["train"], config.views)
-    paper = PAPER.get((config.dataset, config.mode, config.condition, config.views), {})
+    experiment = (config.dataset, config.mode, config.condition, config.views)
+    paper = {} if config.quick else PAPER.get(experiment, {})
     for r, other in zip(rows, measure(untrained, setup)):
         r["untrained"], r["paper"] = other["value"], paper.get((r["probe"], r["predicts"], r["from"]))
 
@@ -238,7 +262,7 @@ def parse(argv=None):
     p.add_argument("--probe", nargs="+", choices=PROBES, help="which probes (default: all that apply to the run's mode)")
     p.add_argument("--views", nargs="+", type=int, metavar="M", help="inference lengths M_val (default: the paper's for the mode)")
     p.add_argument("--probe-epochs", type=int, default=0, metavar="N",
-                   help="epochs of every head (default: the paper's, a fifth of them for a --quick run)")
+                   help="epochs of every head (default: the paper's; a fifth of them for MLP heads of a --quick run)")
     p.add_argument("--samplings", type=int, default=4, metavar="S", help="view samplings of each training sample (default: 4)")
     p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
@@ -254,6 +278,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    """Exit status 0, or 2 for bad input."""
     try:
         return evaluate(parse(argv))
     except BadInput as error:

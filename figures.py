@@ -47,6 +47,7 @@ def draw_curves(run_dir):
             axis.plot([r["epoch"] for r in shown], [r[name] for r in shown], color=colour, marker="." if len(shown) < 60 else None,
                       label=re.sub("knn_|_std|_rank", "", name))
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend()

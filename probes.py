@@ -115,6 +115,16 @@ def knn_accuracy(x, y, x_val, y_val, k=20, temperature=0.07):
     return 100 * correct / len(y_val)
 
 
+def retrieval_ranks(z_hat, candidates, true, allowed):
+    """Rank, from 1, of the true candidate by cosine similarity to the prediction.  -> (n,)
+
+    z_hat (n, D), candidates (n, V, D), true (n,) index of the right one, allowed (n, V) bool: which compete.
+    Ties count against the prediction, so that collapsed features cannot win."""
+    similarity = F.cosine_similarity(z_hat[:, None], candidates, dim=2)
+    right = similarity.gather(1, true[:, None])
+    return ((similarity >= right) & allowed).sum(1)
+
+
 def feature_std(z):
     """Spread of features (n, D): std of the L2-normalised z per dimension, times sqrt(D). 1 is healthy, 0 collapsed."""
     z = F.normalize(z.detach().float(), dim=1)

@@ -217,6 +217,7 @@ def epoch_order(n, seed, epoch):
 
 
 def main(argv=None):
+    """Exit status 0, 2 for bad input, 128 + signal if stopped."""
     try:
         return train(settings.from_command_line(argv))
     except BadInput as error:

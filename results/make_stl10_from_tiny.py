@@ -19,12 +19,14 @@ CLASSES = {"goldfish": "n01443537", "elephant": "n02504458", "cat": "n02124075",
 
 
 def pixels(files):
+    """(n, 3, 96, 96) uint8, each plane stored column by column."""
     images = torch.stack([TF.pil_to_tensor(pil_loader(f)) for f in files])
     images = TF.resize(images, 96, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
     return np.ascontiguousarray(images.numpy().transpose(0, 1, 3, 2))
 
 
 def main(source, out):
+    """Write OUT/stl10_binary from SOURCE/tiny-imagenet-200."""
     root, out = Path(source) / "tiny-imagenet-200", Path(out) / "stl10_binary"
     out.mkdir(parents=True)
     val = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
@@ -37,6 +39,7 @@ def main(source, out):
         rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
         pixels([f for f, _ in rows]).tofile(out / f"{name}_X.bin")
         np.array([label for _, label in rows], dtype=np.uint8).tofile(out / f"{name}_y.bin")
+    (out / "class_names.txt").write_text("\n".join(name.replace(" ", "-") for name in CLASSES))
     others = [f for d in sorted((root / "train").iterdir()) if d.name not in CLASSES.values() for f in sorted((d / "images").iterdir())]
     chosen = np.random.default_rng(0).choice(len(others), 16_500, replace=False)
     pixels([others[i] for i in chosen]).tofile(out / "unlabeled_X.bin")

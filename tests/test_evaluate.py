@@ -25,7 +25,7 @@ def trained(photos, tmp_path):
 @pytest.mark.parametrize("mode, expected", [
     ("saccade", {"classify": 3, "knn": 3, "action": 1, "parameters": 1, "path": 6}),
     ("augment", {"classify": 3, "knn": 3, "action": 3, "parameters": 3}),
-    ("rotation", {"classify": 3, "knn": 3, "action": 2, "parameters": 2, "path": 6, "invariance": 1}),
+    ("rotation", {"classify": 3, "knn": 3, "action": 2, "parameters": 2, "path": 6, "invariance": 1, "retrieval": 3}),
 ])
 def test_every_probe_of_a_mode_gives_its_rows(mode, expected, trained, capsys):
     run = trained(mode)
@@ -36,7 +36,7 @@ def test_every_probe_of_a_mode_gives_its_rows(mode, expected, trained, capsys):
     assert counts == expected and len(result["rows"]) == sum(expected.values())
     printed = capsys.readouterr().out
     for r in result["rows"]:
-        assert torch.tensor([r["value"], r["untrained"]]).isfinite().all() and r["epochs"] == (0 if r["probe"] == "knn" else 2)
+        assert torch.tensor([r["value"], r["untrained"]]).isfinite().all() and r["epochs"] == (0 if r["probe"] in ("knn", "retrieval") else 2)
         assert r["from"] in printed and r["head"] in printed
     assert "val" in printed and result["n_train"] > 0 and result["step"] > 0
 

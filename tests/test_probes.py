@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, r2_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from build import build_model
-from probes import accuracy, effective_rank, extract, feature_std, fit, knn_accuracy, linear_head, mlp_head, r2
+from probes import accuracy, effective_rank, extract, feature_std, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
 from saccades import Saccades
 
 CPU = torch.device("cpu")
@@ -125,3 +125,18 @@ def test_effective_rank_and_spread_of_known_features():
     collapsed = torch.ones(400, 8) + 1e-4 * torch.randn(400, 8)
     assert feature_std(collapsed) < 0.01
     assert effective_rank(torch.zeros(5, 3)) < 4 and np.isfinite(feature_std(torch.zeros(5, 3)))
+
+
+def test_retrieval_ranks_by_hand():
+    candidates = torch.tensor([[[1.0, 0], [0.8, 0.6], [0, 1], [-1, 0]]]).expand(3, -1, -1)
+    z_hat = torch.tensor([[1.0, 0.05], [1.0, 0.05], [1.0, 0.05]])
+    everyone = torch.ones(3, 4, dtype=torch.bool)
+    assert retrieval_ranks(z_hat, candidates, torch.tensor([0, 2, 3]), everyone).tolist() == [1, 3, 4]
+    without_first = everyone.clone()
+    without_first[:, 0] = False
+    assert retrieval_ranks(z_hat, candidates, torch.tensor([1, 2, 3]), without_first).tolist() == [1, 2, 3]
+
+
+def test_collapsed_features_do_not_win_retrieval():
+    ones = torch.ones(2, 5, 3)
+    assert retrieval_ranks(ones[:, 0], ones, torch.tensor([0, 3]), torch.ones(2, 5, dtype=torch.bool)).tolist() == [5, 5]
