@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from datasets import Batch, normalise, single_images
+from images import Batch, normalise, single_images
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of Params.jitter and values of Params.order
 IDENTITY = (1.0, 1.0, 1.0, 0.0)  # the row of Params.jitter that changes nothing
@@ -245,7 +245,7 @@ def solarise(images, solarised):
 class Augmentations:
     """Mode `augment`: sample indices -> Batch of augmented versions of the same image.
 
-    M observed views by the recipe CONTEXT, the one to predict by TARGET. split: datasets.Split; renders of one
+    M observed views by the recipe CONTEXT, the one to predict by TARGET. split: images.Split; renders of one
     object count as separate images. actions (B, M, 9): differences of parameters(). params (B, M+1, 9)."""
 
     groups = param_groups = GROUPS

@@ -21,7 +21,7 @@ import config as settings
 from augmentations import CONTEXT, blur_kernel_size
 from build import MODES, pick_device
 from config import BadInput
-from datasets import Part, Split
+from images import Part, Split
 
 MEAN, STD = (0.45, 0.44, 0.40), (0.22, 0.22, 0.22)
 CASES = {                       # name: mode, data set of the preset, image size, M

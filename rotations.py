@@ -14,7 +14,7 @@ Checked in tests/test_rotations.py against SciPy.
 import torch
 
 from config import BadInput
-from datasets import Batch, Store, normalise
+from images import Batch, Store, normalise
 
 FLOOR_HUE, LIGHT_HUE = 3, 6     # columns of the seven latents: rotation x, y, z; floor hue; light theta, phi, hue
 
@@ -47,7 +47,7 @@ def relative(q1, q2):
 class Rotations:
     """Mode `rotation`: object indices -> Batch of M+1 distinct renders of each object, in random order.
 
-    split: datasets.Split with images (N, V, 3, S, S) and latents (N, V, 7).
+    split: images.Split with images (N, V, 3, S, S) and latents (N, V, 7).
     actions (B, M, 6): relative quaternion, then differences of floor hue and light hue.
     params (B, M+1, 9): the view's own quaternion, floor hue, light hue, and last its three angles in radians."""
 

@@ -16,7 +16,7 @@ Checked in tests/test_saccades.py.
 """
 import torch
 
-from datasets import Batch, Store, normalise, single_images
+from images import Batch, Store, normalise, single_images
 from saliency import saliency_maps
 
 FLOOR = 1e-30    # mass of a pixel the map calls impossible: never drawn while any real mass is left
@@ -81,7 +81,7 @@ def crop_patches(images, fixations, patch_size, mean, std):
 class Saccades:
     """Mode `saccade`: sample indices -> Batch of foveal patches along a scanpath.
 
-    split: datasets.Split; renders of one object count as separate images.
+    split: images.Split; renders of one object count as separate images.
     actions (B, M, 2): relative (x, y).  params (B, M+1, 2): the fixation's own (x, y), image sides."""
 
     groups = {"position": slice(0, 2)}

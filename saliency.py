@@ -28,7 +28,7 @@ DEEPGAZE_SIZE = 512           # A.1
 
 
 def saliency_maps(source, split, config, device):
-    """Maps for every image of a datasets.Split: a list of arrays whose rows line up with its images.
+    """Maps for every image of a images.Split: a list of arrays whose rows line up with its images.
 
     source: "signature", "uniform", "deepgaze" or a folder, as --saliency.
     Raises: BadInput if published maps do not fit the images, or deepgaze_pytorch is not installed."""

@@ -26,8 +26,10 @@ CAMERA_DISTANCE, CAMERA_POLAR = 5.0, math.radians(62)           # polar angle: f
 HALF_WIDTH = 1.03 / math.sqrt(CAMERA_DISTANCE**2 - 1)           # of the image at depth 1; the unit ball and 3 % margin
 LIGHT_DISTANCE, SPOT_INNER, SPOT_OUTER = 5.0, math.radians(14), math.radians(30)
 FLOOR_Z, FLOOR_SATURATION, FLOOR_VALUE = -1.0, 0.6, 0.9
-AMBIENT, SPOT_STRENGTH, LIGHT_SATURATION = 0.3, 0.65, 0.5       # ambient is white; together below 1, so no clipping
+AMBIENT, CAMERA_FILL, SPOT_STRENGTH, LIGHT_SATURATION = 0.25, 0.2, 0.55, 0.5   # the first two white; sum 1: no clipping
 STRIPE_STRENGTH = 0.12
+FAR = 1e9                                                       # t of a ray that hits nothing
+CHUNK = 19
 TILE, SAMPLES = 8, 2                                            # pixels per tile side, samples per pixel side
 BOX, ELLIPSOID, FRUSTUM, NOTHING = 0, 1, 2, -1                  # kinds of primitive; NOTHING pads
 
@@ -43,14 +45,14 @@ def ellipsoid(centre, radii, turn=(0, 0, 0), part=0):
     return (ELLIPSOID, *centre, *radii, *turn, 1, 1, part)
 
 
-def frustum(base, top, r0, r1=None, part=0):
-    """Truncated cone (a cylinder if `r1` is None) from point `base` with radius `r0` to point `top` with radius `r1`."""
+def frustum(base, top, r0, r1=None, part=0, flat=1):
+    """Truncated cone (a cylinder if `r1` is None) from point `base`, radius `r0`, to `top`, `r1`; y is scaled by `flat`."""
     r1 = r0 if r1 is None else r1
     dx, dy, dz = (b - a for a, b in zip(base, top))
     length, radius = math.sqrt(dx * dx + dy * dy + dz * dz), max(r0, r1)
     turn = (0, math.acos(dz / length), math.atan2(dy, dx))      # takes the z axis to the direction base -> top
     middle = ((a + b) / 2 for a, b in zip(base, top))
-    return (FRUSTUM, *middle, radius, radius, length / 2, *turn, r0 / radius, r1 / radius, part)
+    return (FRUSTUM, *middle, radius, flat * radius, length / 2, *turn, r0 / radius, r1 / radius, part)
 
 
 def legs(x, y, top, bottom, r, part=1):
@@ -137,10 +139,9 @@ def rocket(u):
 
 def sailboat(u):
     w, h, mast, sail = u(.2, .28), u(.12, .16), u(1.2, 1.5), u(.5, .7)
-    steps = [(h + .15 + mast * .85 * i / 5, sail * (1 - i / 5)) for i in range(5)]   # a triangular sail in strips
-    strips = [box((-.06 - s / 2, 0, z + mast * .085), (s / 2, .02, mast * .085), part=1) for z, s in steps]
     return [box((-.1, 0, 0), (.62, w, h)), ellipsoid((.45, 0, 0), (.55, w * .98, h * .98)),
-            frustum((0, 0, 0), (0, 0, h + mast), .035, part=2), *strips]
+            frustum((0, 0, 0), (0, 0, h + mast), .035, part=2),
+            frustum((-.1, 0, h + .12), (0, 0, h + mast), sail, 0, 1, flat=.05)]
 
 
 def skateboard(u):
@@ -224,13 +225,14 @@ def generator(stream: int, seed: int, split: str, index: int) -> np.random.Gener
 
 def sample_objects(n: int, seed: int, split: str) -> Solids:
     """Objects 0..n-1 of a split. Classes take turns (label i % 16); object i does not depend on n."""
-    P = 16
-    rows, palette, stripes = np.full((n, P, 13), float(NOTHING)), np.empty((n, 3, 3)), np.empty((n, 4))
+    P = 15
+    rows, palette, stripes = np.zeros((n, P, 13)), np.empty((n, 3, 3)), np.empty((n, 4))
+    rows[..., 0] = NOTHING
     for i in range(n):
         rng = generator(0, seed, split, i)
         primitives = RECIPES[i % len(RECIPES)](rng.uniform)
         rows[i, :len(primitives)] = primitives
-        palette[i] = rng.uniform((0, .1, .4), (1, .8, .9), (3, 3))             # hue, saturation, value of each part
+        palette[i] = rng.uniform((0, .1, .4), (1, .8, .85), (3, 3))             # hue, saturation, value of each part
         wave = rng.normal(size=3)
         stripes[i] = *(wave / np.linalg.norm(wave) * rng.uniform(5, 12)), rng.uniform(0, 2 * math.pi)
     rows, palette, stripes = (torch.from_numpy(x).float() for x in (rows, palette, stripes))
@@ -279,8 +281,7 @@ class Placed(NamedTuple):
 
 def place(solids: Solids, object_index: torch.Tensor, rotation: torch.Tensor) -> Placed:
     kind, centre, half, axes, ends = (x[object_index] for x in solids[1:6])
-    axes = rotation[:, None] @ axes
-    centre = (rotation[:, None] @ centre[..., None])[..., 0]
+    axes, centre = rotation[:, None] @ axes, (rotation[:, None] @ centre[..., None])[..., 0]
     signs = torch.tensor([[x, y, z] for x in (-1.0, 1) for y in (-1, 1) for z in (-1, 1)], device=centre.device).T
     corners = centre[..., None] + axes @ (half[..., None] * signs)
     return Placed(kind, centre, axes.mT / half.clamp(min=1e-6)[..., None], ends, corners)
@@ -294,30 +295,22 @@ def look_at_origin(theta: torch.Tensor, phi: torch.Tensor, distance: float):
     return distance * outward, torch.stack([right, up, -outward], -2)
 
 
-def screen_bounds(axes: torch.Tensor, vectors: torch.Tensor):
-    """Vectors (B, K, 3, S) from an eye with axes (B, 3, 3) -> bounds (low, high) of each set on its screen, (B, K, 2)."""
-    seen = axes[:, None] @ vectors
-    uv = seen[:, :, :2] / seen[:, :, 2:].clamp(min=0.05)       # what lies behind a light is outside its spot anyway
-    return uv.amin(-1), uv.amax(-1)
-
-
 def hit_box(o, d, _):
-    """Rays o + t d, components (n, 1) and (n, S) -> first t where a ray enters the cube [-1, 1]^3, else inf."""
-    near, far = -math.inf, math.inf
-    for o_axis, d_axis in zip(o, d):
-        inverse = 1 / torch.where(d_axis.abs() < 1e-9, 1e-9, d_axis)
-        middle, reach = -o_axis * inverse, inverse.abs()
-        near, far = (middle - reach).clamp(min=near), (middle + reach).clamp(max=far)
-    return torch.where((near < far) & (near > 0), near, math.inf)
+    """Rays o + t d, components (n, 1) and (n, S), from outside -> t (n, S) where they enter [-1, 1]^3, FAR if never.
+
+    A root of a negative number marks a miss in all three functions: NaN runs several times faster than torch.where."""
+    inverse = [1 / (axis + 1e-12) for axis in d]
+    middle, reach = [-a * b for a, b in zip(o, inverse)], [b.abs() for b in inverse]
+    near = torch.maximum(torch.maximum(middle[0] - reach[0], middle[1] - reach[1]), middle[2] - reach[2])
+    far = torch.minimum(torch.minimum(middle[0] + reach[0], middle[1] + reach[1]), middle[2] + reach[2])
+    return (near + 0 * (far - near).sqrt()).nan_to_num(FAR)
 
 
 def hit_ellipsoid(o, d, _):
     """The same for the unit ball."""
     (ox, oy, oz), (dx, dy, dz) = o, d
     a, b, c = dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - 1
-    discriminant = b * b - a * c
-    t = (-b - discriminant.clamp(min=0).sqrt()) / a
-    return torch.where((discriminant > 0) & (t > 0), t, math.inf)
+    return ((-b - (b * b - a * c).sqrt()) / a).nan_to_num(FAR)
 
 
 def hit_frustum(o, d, ends):
@@ -325,59 +318,66 @@ def hit_frustum(o, d, ends):
 
     A convex body is entered once: through the side, always at the root with -sqrt, or through the cap facing the ray."""
     (ox, oy, oz), (dx, dy, dz) = o, d
-    r0, r1 = ends[:, :1], ends[:, 1:]
-    slope = (r1 - r0) / 2
-    radius, growth = (r0 + r1) / 2 + slope * oz, slope * dz    # of the cone at the ray's origin, and along the ray
+    slope = (ends[:, 1:] - ends[:, :1]) / 2
+    radius, growth = (ends[:, :1] + ends[:, 1:]) / 2 + slope * oz, slope * dz      # at the origin, and along the ray
     a, b, c = dx * dx + dy * dy - growth * growth, ox * dx + oy * dy - radius * growth, ox * ox + oy * oy - radius * radius
-    a = torch.where(a.abs() < 1e-9, 1e-9, a)
-    discriminant = b * b - a * c
-    side = (-b - discriminant.clamp(min=0).sqrt()) / a
-    hit_side = (discriminant > 0) & (side > 0) & ((oz + side * dz).abs() < 1)
-    inverse = 1 / torch.where(dz.abs() < 1e-9, 1e-9, dz)
+    side = (-b - (b * b - a * c).sqrt()) / (a + 1e-12)
+    z = oz + side * dz
+    inverse = 1 / (dz + 1e-12)
     cap = -oz * inverse - inverse.abs()
     x, y, r = ox + cap * dx, oy + cap * dy, radius + growth * cap
-    hit_cap = (x * x + y * y < r * r) & (cap > 0)
-    return torch.minimum(torch.where(hit_side, side, math.inf), torch.where(hit_cap, cap, math.inf))
+    side, cap = side + 0 * (1 - z * z).sqrt(), cap + 0 * (r * r - x * x - y * y).sqrt()
+    return torch.minimum(side.nan_to_num(FAR), cap.nan_to_num(FAR))
+
+
+def screen_bounds(axes: torch.Tensor, vectors: torch.Tensor):
+    """Vectors (B, K, 3, S) from an eye with axes (B, 3, 3) -> bounds (low, high) of each set on its screen, (B, K, 2)."""
+    seen = axes[:, None] @ vectors
+    uv = seen[:, :, :2] / seen[:, :, 2:].clamp(min=0.05)       # what lies behind a light is outside its spot anyway
+    return uv.amin(-1), uv.amax(-1)
 
 
 def trace(eye: torch.Tensor, axes: torch.Tensor, rays: torch.Tensor, placed: Placed):
-    """First hits of rays (B, T, 3, S), S per tile, from eyes (B, 3) -> t (B, T, S), inf if none, and primitive (B, T, S).
+    """First hits of rays (B, T, 3, S), S per tile, from eyes (B, 3) -> t and primitive (B, T, S); FAR and 15 if none.
 
     A dimension B of 1 is shared by all views. Only tiles whose screen bounds meet those of a primitive test it."""
-    B, P = placed.kind.shape
-    (_, T, _, S), device = rays.shape, rays.device
+    (B, P), (_, T, _, S) = placed.kind.shape, rays.shape
+    assert P < 16, f"four bits of t hold the primitive, so an object has at most 15, got {P}"
     tile_low, tile_high = screen_bounds(axes, rays)
     low, high = screen_bounds(axes, placed.corners - eye[:, None, :, None])
     meets = ((tile_low[:, :, None] < high[:, None]) & (tile_high[:, :, None] > low[:, None])).all(-1)   # (B, T, P)
     origin = (placed.to_local @ (eye[:, None] - placed.centre)[..., None])
-    t, primitive = torch.full((B * T, S), math.inf, device=device), torch.full((B * T, S), -1, device=device)
-    rays = rays.expand(B, T, 3, S)
+    nearest = torch.full((B * T, S), FAR, device=rays.device).view(torch.int32) | 15
+    shared, rays = len(rays) == 1, rays.reshape(-1, 3, S)
     for p in range(P):
         for kind, hit in ((BOX, hit_box), (ELLIPSOID, hit_ellipsoid), (FRUSTUM, hit_frustum)):
             view, tile = (meets[:, :, p] & (placed.kind[:, None, p] == kind)).nonzero(as_tuple=True)
             if len(view):
-                d = placed.to_local[view, p] @ rays[view, tile]
-                new, row = hit(origin[view, p].unbind(1), d.unbind(1), placed.ends[view, p]), view * T + tile
-                old = t[row]
-                primitive[row] = torch.where(new < old, p, primitive[row])
-                t[row] = torch.minimum(new, old)
-    return t.view(B, T, S), primitive.view(B, T, S)
+                row, m = view * T + tile, placed.to_local[view, p, :, :, None].unbind(1)
+                x, y, z = rays.index_select(0, tile if shared else row).unbind(1)
+                d = [torch.addcmul(torch.addcmul(i[:, 0] * x, i[:, 1], y), i[:, 2], z) for i in m]
+                t = hit(origin[view, p].unbind(1), d, placed.ends[view, p])
+                # positive floats sort like their bits, so with p in the lowest four one minimum keeps both t and p
+                packed = t.view(torch.int32) & -16 | p
+                nearest.index_copy_(0, row, torch.minimum(nearest.index_select(0, row), packed))
+    nearest = nearest.view(B, T, S)
+    return (nearest & -16).view(torch.float32), nearest & 15
 
 
 def normals(placed: Placed, view: torch.Tensor, primitive: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Outward unit normals (H, 3) at `points` (H, 3) on the surface of primitive (H,) of view (H,)."""
-    to_local, kind, ends = placed.to_local[view, primitive], placed.kind[view, primitive], placed.ends[view, primitive]
-    local = (to_local @ (points - placed.centre[view, primitive])[..., None])[..., 0]
-    face = (local.abs() == local.abs().amax(-1, keepdim=True)) * local.sign()
-    slope, around = (ends[:, 1] - ends[:, 0]) / 2, local[:, :2].norm(dim=-1)
-    radius = ends.mean(-1) + slope * local[:, 2]
-    on_cap = local[:, 2].abs() - 1 > around - radius
-    side = torch.cat([local[:, :2], (-slope * around)[:, None]], -1)
-    cap = torch.zeros_like(local)
-    cap[:, 2] = local[:, 2].sign()
-    round_ = torch.where((kind == ELLIPSOID)[:, None], local, torch.where(on_cap[:, None], cap, side))
-    normal = torch.where((kind == BOX)[:, None], face, round_)
-    return torch.nn.functional.normalize((normal[:, None] @ to_local)[:, 0], dim=-1)
+    index = view * placed.kind.shape[1] + primitive
+    to_local, kind, ends, centre = (x.flatten(0, 1).index_select(0, index)
+                                    for x in (placed.to_local, placed.kind, placed.ends, placed.centre))
+    local = (to_local * (points - centre)[:, None]).sum(-1)
+    x, y, z = local.unbind(-1)
+    around, slope = torch.hypot(x, y), (ends[:, 1] - ends[:, 0]) / 2
+    on_cap = (z.abs() - 1 > around - (ends.mean(-1) + slope * z))[:, None]
+    cap, side = local * local.new_tensor([0, 0, 1]), torch.stack([x, y, -slope * around], -1)
+    normal = torch.where((kind == FRUSTUM)[:, None], torch.where(on_cap, cap, side), local)
+    face = local * (local.abs() == local.abs().amax(-1, keepdim=True))
+    normal = torch.where((kind == BOX)[:, None], face, normal)
+    return torch.nn.functional.normalize((normal[:, :, None] * to_local).sum(1), dim=-1)
 
 
 def camera_rays(size: int, device):
@@ -391,43 +391,48 @@ def camera_rays(size: int, device):
     return eye.to(device), axes.to(device), rays.to(device)
 
 
-def shade(solids, object_index, latents, placed, points, primitive, lit, light, light_axes):
-    """Colours (B, T, 3, S) of `points` (B, T, 3, S); `primitive` (B, T, S) is -1 on the floor, `lit` False in shadow."""
-    B, T, _, S = points.shape
-    albedo = hsv_to_rgb(latents[:, 3], FLOOR_SATURATION, FLOOR_VALUE)[:, None, :, None].expand(B, T, 3, S)
-    albedo = albedo.movedim(2, 0).reshape(3, -1)               # (3, B * T * S), as are points and normals
-    points = points.movedim(2, 0).reshape(3, -1)
-    normal = torch.zeros_like(points)
-    normal[2] = 1
-    on_object = (primitive.flatten() >= 0).nonzero()[:, 0]
-    view, p, position = on_object // (T * S), primitive.flatten()[on_object], points[:, on_object].T
-    normal[:, on_object] = normals(placed, view, p, position).T
-    stripes = solids.stripes[object_index]
-    wave = (rotation_matrix(latents[:, :3]) @ stripes[:, :3, None])[..., 0]
+def surface(solids, object_index, latents, placed, points, primitive):
+    """Colour and unit normal, both (B, T, 3, S), at `points` (B, T, 3, S); `primitive` (B, T, S) is 15 on the floor."""
+    view, tile, sample = (primitive < 15).nonzero(as_tuple=True)
+    p, position = primitive[view, tile, sample], points[view, tile, :, sample]
+    stripes, colour = solids.stripes[object_index], solids.colour[object_index]
+    wave = (rotation_matrix(latents[:, :3]) * stripes[:, None, :3]).sum(-1)
     pattern = 1 + STRIPE_STRENGTH * torch.sin((position * wave[view]).sum(-1) + stripes[view, 3])
-    albedo[:, on_object] = (solids.colour[object_index[view], p] * pattern[:, None]).T
-    towards = light.T[:, :, None] - points.view(3, B, -1)
-    towards = towards * (towards * towards).sum(0).rsqrt()
-    cosine = -(light_axes[:, 2].T[:, :, None] * towards).sum(0)
-    spot = ((cosine - math.cos(SPOT_OUTER)) / (math.cos(SPOT_INNER) - math.cos(SPOT_OUTER))).clamp(0, 1)
-    power = SPOT_STRENGTH * spot * (towards * normal.view(3, B, -1)).sum(0).clamp(min=0) * lit.view(B, -1)
-    tint = hsv_to_rgb(latents[:, 6], LIGHT_SATURATION, 1.0).T[:, :, None]
-    return (albedo.view(3, B, -1) * (AMBIENT + tint * power)).view(3, B, T, S)
+    albedo = hsv_to_rgb(latents[:, 3], FLOOR_SATURATION, FLOOR_VALUE)[:, None, :, None].expand_as(points).clone()
+    albedo[view, tile, :, sample] = colour[view, p] * pattern[:, None]
+    normal = torch.zeros_like(points)
+    normal[:, :, 2] = 1
+    normal[view, tile, :, sample] = normals(placed, view, p, position)
+    return albedo, normal
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Over the dimension of x, y, z in (B, T, 3, S)."""
+    return a[:, :, :1] * b[:, :, :1] + a[:, :, 1:2] * b[:, :, 1:2] + a[:, :, 2:] * b[:, :, 2:]
 
 
 @torch.no_grad()
-def render_chunk(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor, size: int) -> torch.Tensor:
-    B, n = len(latents), -(-size // TILE)
+def render_chunk(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor, size: int, camera) -> torch.Tensor:
+    (eye, axes, rays), B, n = camera, len(latents), -(-size // TILE)
     placed = place(solids, object_index, rotation_matrix(latents[:, :3]))
-    eye, axes, rays = camera_rays(size, latents.device)
     t, primitive = trace(eye, axes, rays, placed)
     t = torch.minimum(t, (FLOOR_Z - eye[0, 2]) / rays[:, :, 2])          # every camera ray points below the horizon
     points = eye[:, None, :, None] + t[:, :, None] * rays
+    albedo, normal = surface(solids, object_index, latents, placed, points, primitive)
+
     light, light_axes = look_at_origin(latents[:, 4], latents[:, 5], LIGHT_DISTANCE)
-    first, _ = trace(light, light_axes, points - light[:, None, :, None], placed)
-    lit = first > 1 - 2e-3                                     # nothing nearer to the light than the point itself
-    colours = shade(solids, object_index, latents, placed, points, primitive, lit, light, light_axes)
-    pixels = colours.view(3, B, n, n, TILE, TILE, SAMPLES**2).mean(-1).permute(1, 0, 2, 4, 3, 5).reshape(B, 3, n * TILE, -1)
+    beams = points - light[:, None, :, None]
+    blocker, _ = trace(light, light_axes, beams, placed)
+    lit = (blocker > 1 - 2e-3)[:, :, None]                     # nothing nearer to the light than the point itself
+    length = dot(beams, beams).sqrt()
+    cosine = dot(beams, light_axes[:, None, 2, :, None]) / length
+    spot = ((cosine - math.cos(SPOT_OUTER)) / (math.cos(SPOT_INNER) - math.cos(SPOT_OUTER))).clamp(0, 1)
+    power = SPOT_STRENGTH * spot * (-dot(beams, normal) / length).clamp(min=0) * lit
+    fill = AMBIENT - CAMERA_FILL * dot(normal, axes[:, None, 2, :, None]).clamp(max=0)
+    tint = hsv_to_rgb(latents[:, 6], LIGHT_SATURATION, 1.0)[:, None, :, None]
+    colours = albedo * (fill + tint * power)
+
+    pixels = colours.view(B, n, n, 3, TILE, TILE, SAMPLES**2).mean(-1).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, n * TILE, -1)
     return (pixels[:, :, :size, :size] * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -435,10 +440,10 @@ def render(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor, si
     """Views of objects `object_index` (B,) under `latents` (B, 7) -> uint8 (B, 3, size, size), on latents' device."""
     assert latents.shape == (len(object_index), 7), f"latents must be ({len(object_index)}, 7), got {tuple(latents.shape)}"
     solids, object_index = Solids(*(x.to(latents.device) for x in solids)), object_index.to(latents.device)
-    rays = (size * SAMPLES) ** 2
-    chunk = max(1, (2**18 if latents.device.type == "cpu" else 2**24) // rays)      # keeps temporaries in cache
-    parts = [render_chunk(solids, i, x, size) for i, x in zip(object_index.split(chunk), latents.split(chunk))]
-    return torch.cat(parts)
+    samples = 2**CHUNK if latents.device.type == "cpu" else 2**24         # at a time; on a CPU temporaries stay in cache
+    chunk, camera = max(1, samples // (size * SAMPLES) ** 2), camera_rays(size, latents.device)
+    parts = zip(object_index.split(chunk), latents.split(chunk))
+    return torch.cat([render_chunk(solids, index, part, size, camera) for index, part in parts])
 
 
 def render_split(split: str, n_objects: int, n_views: int, size: int, seed: int, rotation_range: float = math.pi / 2,

@@ -20,7 +20,7 @@ import numpy as np
 
 from cache import cache_path, cached
 from config import BadInput
-from datasets import Part, choose, decode
+from images import Part, choose, decode
 
 VIEWS, LATENTS = 50, 7
 OBJECTS_AT_ONCE = 16            # packed between two notes of progress

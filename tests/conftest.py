@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config as settings
-from datasets import Part, Split
+from images import Part, Split
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def make_config(tmp_path):
 
 @pytest.fixture
 def make_split():
-    """A datasets.Split of random images (n, 3, size, size) with labels 0, 1, 0, 1, ..."""
+    """A images.Split of random images (n, 3, size, size) with labels 0, 1, 0, 1, ..."""
     def make(n=12, size=24, seed=0, views=None, latents=None):
         shape = (n, 3, size, size) if views is None else (n, views, 3, size, size)
         images = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

@@ -13,6 +13,7 @@ import torchvision
 from PIL import Image
 
 import datasets as D
+import images as images_module
 from config import BadInput
 
 CPU = torch.device("cpu")
@@ -102,6 +103,14 @@ def test_stl10_planes_are_stored_by_columns(make_config):
     data.tofile(Path(config.data_dir) / "stl10_binary" / "test_X.bin")
     images = pixels(D.load(config, "val"))
     assert np.argwhere(images).tolist() == [[1, 1, 70, 5]]      # row 70, column 5
+
+
+def test_stl10_classes_are_named_by_its_own_file(stl10):
+    path = Path(stl10.data_dir) / "stl10_binary" / "class_names.txt"
+    path.write_text("\n".join("abcdefghij"))
+    assert D.load(stl10, "val").classes == list("abcdefghij")
+    path.unlink()
+    assert D.load(stl10, "val").classes[:2] == ["airplane", "bird"]
 
 
 def test_stl10_stays_on_the_disk(stl10):
@@ -576,74 +585,15 @@ def test_solids_are_rendered_once_with_their_labels_and_latents(make_config, mon
     np.testing.assert_array_equal(D.load(config, "pretrain").parts[0].images, split.parts[0].images)
 
 
-# ---------------------------------------------------------------- choose
-
-@pytest.mark.parametrize("counts, limit, expected", [
-    ([30, 30, 30], 9, [3, 3, 3]), ([2, 50, 10], 12, [2, 5, 5]), ([1, 1, 40], 30, [1, 1, 28]), ([5, 5], 3, None), ([4], 3, [3]),
-])
-def test_choice_is_balanced_as_far_as_the_classes_allow(counts, limit, expected):
-    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
-    chosen = D.choose(labels, limit)
-    taken = np.bincount(labels[chosen], minlength=len(counts))
-    assert len(set(chosen)) == limit and (np.diff(chosen) > 0).all()
-    assert taken.tolist() == expected if expected else taken.max() - taken.min() == 1
-
-
-@pytest.mark.parametrize("limit", [0, 10, 11, 1000])
-def test_no_limit_and_a_large_one_keep_everything(limit):
-    np.testing.assert_array_equal(D.choose(np.arange(10) % 3, limit), np.arange(10))
-
-
-def test_choice_is_random_but_always_the_same():
-    labels = np.arange(1000) % 10
-    chosen = D.choose(labels, 100)
-    np.testing.assert_array_equal(chosen, D.choose(labels, 100))
-    assert abs(chosen.mean() - 500) < 100 and set(np.diff(chosen)) != {10}      # neither the first 100 nor every tenth
-
-
-def test_unlabelled_images_are_chosen_at_random():
-    chosen = D.choose(np.full(1000, -1), 100)
-    assert len(set(chosen)) == 100 and abs(chosen.mean() - 500) < 100
-
-
-# ---------------------------------------------------------------- Store
-
-def strided(tmp_path, n, seed):
-    """A memory-mapped array whose last two axes are swapped, as STL-10's."""
-    path = tmp_path / f"{seed}.bin"
-    np.random.default_rng(seed).integers(0, 256, (n, 3, 5, 7), dtype=np.uint8).tofile(path)
-    return np.memmap(path, np.uint8, mode="c").reshape(n, 3, 5, 7).transpose(0, 1, 3, 2)
-
-
-@pytest.mark.parametrize("fits", [False, True], ids=["per batch", "resident"])
-@pytest.mark.parametrize("sizes", [[9], [4, 5], [1, 7, 1], [3, 0, 6]], ids=str)
-def test_store_reads_its_parts_as_one(tmp_path, monkeypatch, sizes, fits):
-    monkeypatch.setattr(D, "fits", lambda *_: fits)
-    arrays = [strided(tmp_path, n, seed) if n else np.zeros((0, 3, 7, 5), np.uint8) for seed, n in enumerate(sizes)]
-    store, whole = D.Store(arrays, CPU), np.concatenate(arrays)
-    assert len(store) == len(whole)
-    for index in (torch.arange(len(whole)), torch.randint(len(whole), (50,)), torch.tensor([len(whole) - 1, 0, 0])):
-        rows = store[index]
-        assert rows.dtype == torch.uint8
-        np.testing.assert_array_equal(rows, whole[index.numpy()])
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
-def test_store_keeps_the_type(dtype):
-    arrays = [np.arange(6, dtype=dtype).reshape(3, 2), np.arange(4, dtype=dtype).reshape(2, 2)]
-    assert D.Store(arrays, CPU)[torch.tensor([1, 4])].numpy().tolist() == [[2, 3], [2, 3]]
-    assert D.Store(arrays, CPU)[torch.tensor([4])].numpy().dtype == dtype
-
+# ---------------------------------------------------------------- on the way to the device
 
 def test_store_on_a_cpu_copies_nothing_and_does_not_warn(stl10):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         split = D.load(stl10, "pretrain")
-        store = D.Store([part.images for part in split.parts], CPU)
+        store = images_module.Store([part.images for part in split.parts], CPU)
     assert [p.data_ptr() for p in store.parts] == [part.images.ctypes.data for part in split.parts]
 
-
-# ---------------------------------------------------------------- normalise
 
 PAPER = {   # A.1; ImageNet's are the usual ones
     "stl10": ([0.4467, 0.4398, 0.4066], [0.2241, 0.2215, 0.2239]), "3diebench": ([0.5016, 0.5037, 0.5060], [0.1030, 0.0999, 0.0969]),
@@ -657,18 +607,7 @@ def test_images_are_normalised_with_the_papers_constants(make_config, monkeypatc
     monkeypatch.setitem(D.READERS, dataset, lambda config, split: ([], np.zeros(0), [], {}))
     split = D.load(make_config(dataset), "train")
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 6), dtype=np.uint8)
-    ours = D.normalise(torch.from_numpy(images), torch.tensor(split.mean), torch.tensor(split.std), channel_dim=1)
+    ours = images_module.normalise(torch.from_numpy(images), torch.tensor(split.mean), torch.tensor(split.std), channel_dim=1)
     mean, std = (np.array(v).reshape(3, 1, 1) for v in PAPER[dataset])
     assert ours.dtype == torch.float32
     np.testing.assert_allclose(ours, (images / 255 - mean) / std, atol=2e-6)
-
-
-@pytest.mark.parametrize("channel_dim", [0, 1, 2])
-def test_normalise_finds_the_channels_and_leaves_its_input_alone(channel_dim):
-    images = torch.randint(0, 256, (3, 3, 3, 4), dtype=torch.uint8)
-    before, mean, std = images.clone(), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.4])
-    ours = D.normalise(images, mean, std, channel_dim)
-    for c in range(3):
-        expected = (images.select(channel_dim, c).double() / 255 - mean[c]) / std[c]
-        torch.testing.assert_close(ours.select(channel_dim, c).double(), expected, atol=2e-6, rtol=0)
-    assert torch.equal(images, before)

@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from build import build_views
 from config import BadInput
-from datasets import normalise
+from images import normalise
 from rotations import Rotations, inverse, multiply, quaternion, relative
 
 CPU = torch.device("cpu")

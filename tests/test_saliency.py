@@ -18,7 +18,8 @@ from scipy.special import logsumexp
 
 import saliency as S
 from config import BadInput
-from datasets import Part, Split, Store, load
+from datasets import load
+from images import Part, Split, Store
 
 CPU = torch.device("cpu")
 

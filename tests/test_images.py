@@ -1,0 +1,80 @@
+"""images.py: which samples --limit keeps, rows on their way to the device, normalisation."""
+import numpy as np
+import pytest
+import torch
+
+import images as I
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- choose
+
+@pytest.mark.parametrize("counts, limit, expected", [
+    ([30, 30, 30], 9, [3, 3, 3]), ([2, 50, 10], 12, [2, 5, 5]), ([1, 1, 40], 30, [1, 1, 28]), ([5, 5], 3, None), ([4], 3, [3]),
+])
+def test_choice_is_balanced_as_far_as_the_classes_allow(counts, limit, expected):
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    chosen = I.choose(labels, limit)
+    taken = np.bincount(labels[chosen], minlength=len(counts))
+    assert len(set(chosen)) == limit and (np.diff(chosen) > 0).all()
+    assert taken.tolist() == expected if expected else taken.max() - taken.min() == 1
+
+
+@pytest.mark.parametrize("limit", [0, 10, 11, 1000])
+def test_no_limit_and_a_large_one_keep_everything(limit):
+    np.testing.assert_array_equal(I.choose(np.arange(10) % 3, limit), np.arange(10))
+
+
+def test_choice_is_random_but_always_the_same():
+    labels = np.arange(1000) % 10
+    chosen = I.choose(labels, 100)
+    np.testing.assert_array_equal(chosen, I.choose(labels, 100))
+    assert abs(chosen.mean() - 500) < 100 and set(np.diff(chosen)) != {10}      # neither the first 100 nor every tenth
+
+
+def test_unlabelled_images_are_chosen_at_random():
+    chosen = I.choose(np.full(1000, -1), 100)
+    assert len(set(chosen)) == 100 and abs(chosen.mean() - 500) < 100
+
+
+# ---------------------------------------------------------------- Store
+
+def strided(tmp_path, n, seed):
+    """A memory-mapped array whose last two axes are swapped, as STL-10's."""
+    path = tmp_path / f"{seed}.bin"
+    np.random.default_rng(seed).integers(0, 256, (n, 3, 5, 7), dtype=np.uint8).tofile(path)
+    return np.memmap(path, np.uint8, mode="c").reshape(n, 3, 5, 7).transpose(0, 1, 3, 2)
+
+
+@pytest.mark.parametrize("fits", [False, True], ids=["per batch", "resident"])
+@pytest.mark.parametrize("sizes", [[9], [4, 5], [1, 7, 1], [3, 0, 6]], ids=str)
+def test_store_reads_its_parts_as_one(tmp_path, monkeypatch, sizes, fits):
+    monkeypatch.setattr(I, "fits", lambda *_: fits)
+    arrays = [strided(tmp_path, n, seed) if n else np.zeros((0, 3, 7, 5), np.uint8) for seed, n in enumerate(sizes)]
+    store, whole = I.Store(arrays, CPU), np.concatenate(arrays)
+    assert len(store) == len(whole)
+    for index in (torch.arange(len(whole)), torch.randint(len(whole), (50,)), torch.tensor([len(whole) - 1, 0, 0])):
+        rows = store[index]
+        assert rows.dtype == torch.uint8
+        np.testing.assert_array_equal(rows, whole[index.numpy()])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
+def test_store_keeps_the_type(dtype):
+    arrays = [np.arange(6, dtype=dtype).reshape(3, 2), np.arange(4, dtype=dtype).reshape(2, 2)]
+    assert I.Store(arrays, CPU)[torch.tensor([1, 4])].numpy().tolist() == [[2, 3], [2, 3]]
+    assert I.Store(arrays, CPU)[torch.tensor([4])].numpy().dtype == dtype
+
+
+# ---------------------------------------------------------------- normalise
+
+@pytest.mark.parametrize("channel_dim", [0, 1, 2])
+def test_normalise_finds_the_channels_and_leaves_its_input_alone(channel_dim):
+    images = torch.randint(0, 256, (3, 3, 3, 4), dtype=torch.uint8)
+    before, mean, std = images.clone(), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.4])
+    ours = I.normalise(images, mean, std, channel_dim)
+    for c in range(3):
+        expected = (images.select(channel_dim, c).double() / 255 - mean[c]) / std[c]
+        torch.testing.assert_close(ours.select(channel_dim, c).double(), expected, atol=2e-6, rtol=0)
+    assert torch.equal(images, before)
