@@ -3,12 +3,15 @@
     python evaluate.py runs/NAME/last.pt                       every probe that applies, one table
     python evaluate.py runs/NAME/last.pt --views 1 3 5         other inference lengths M_val
     python evaluate.py runs/NAME/last.pt --probe action path --figures
+    python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR       (B.6)
 
 Prints a table, each number beside the same probe on a randomly initialised model of the same shape, and
 beside the paper's where there is one; writes it to runs/NAME/probes.json. Heads train on features that
 were extracted once from the frozen model (probes.py). Checked in tests/test_evaluate.py.
 """
 import argparse
+import copy
+import dataclasses
 import json
 import sys
 import time
@@ -17,7 +20,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import config as settings
 import figures
 from build import build_model, build_views, pick_device, seed_all
 from config import BadInput
@@ -137,10 +142,30 @@ def probe_retrieval(train, val, setup):
         yield row("retrieval", "next view", f"z_hat, M={M}, among {views.view_count - M}", "none", 0, name, value.mean().item())
 
 
+def probe_transfer(train, val, setup):
+    """Top-1 on another data set's classes from z_agg, with the multiply-adds an image costs (B.6)."""
+    for M in train.z_agg:
+        head, epochs = fit_head("linear classifier", train.z_agg[M], train.labels, len(setup.views["val"].classes), F.cross_entropy, setup)
+        cost = multiply_adds(setup.model, setup.views["val"], M) / 1e9
+        yield row("transfer", "class", f"z_agg M={M}, {cost:.2f}e9 MAC an image", "linear classifier", epochs, "top-1 %",
+                  accuracy(head, val.z_agg[M], val.labels))
+
+
+def multiply_adds(model, views, M):
+    """Multiply-adds to encode and aggregate M views of one image: the "flops" of B.6 (a FLOP counter's number, halved)."""
+    batch = views(torch.arange(2), M)
+    model = copy.deepcopy(model).train()                   # the counter does not see into eval mode's fused transformer
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        z, a = model.encode(batch.views[:, :M]), model.embed(batch.actions)
+        model.aggregate(z, a[:, :M - 1])
+    return counter.get_total_flops() / 2 / len(batch.views)
+
+
 PROBES = {"classify": probe_classify, "knn": probe_knn, "action": probe_action, "parameters": probe_parameters,
-          "path": probe_path, "invariance": probe_invariance, "retrieval": probe_retrieval}
+          "path": probe_path, "invariance": probe_invariance, "retrieval": probe_retrieval,
+          "transfer": probe_transfer}
 APPLIES = {"saccade": ("classify", "knn", "action", "parameters", "path"),
-           "rotation": tuple(PROBES), "augment": ("classify", "knn", "action", "parameters")}
+           "rotation": ("classify", "knn", "action", "parameters", "path", "invariance", "retrieval"), "augment": ("classify", "knn", "action", "parameters")}
 
 
 def regression(probe, predicts, features, x, y, setup):
@@ -193,11 +218,9 @@ def evaluate(options):
     checkpoint = load_checkpoint(options.checkpoint)
     changes = {k: v for k in ("data_dir", "limit") if (v := getattr(options, k)) is not None}
     config, device = config_of(checkpoint, **changes), pick_device(options.device)
-    probes = options.probe or APPLIES[config.mode]
-    for probe in set(probes) - set(APPLIES[config.mode]):
-        raise BadInput(f"--probe {probe}: does not apply to mode {config.mode}; choose from {', '.join(APPLIES[config.mode])}")
+    probes, data = choose_probes(options, config)
     lengths = sorted({*(options.views or LENGTHS[config.mode]), *([config.views] if "invariance" in probes else [])})
-    views = {split: build_views(config, split, device) for split in ("train", "val")}
+    views = {split: build_views(data, split, device) for split in ("train", "val")}
     setup = SimpleNamespace(views=views, lengths=lengths, device=device, seed=config.seed, probes=probes, quick=config.quick,
                             samplings=options.samplings, probe_epochs=options.probe_epochs, M_train=config.views)
 
@@ -244,6 +267,20 @@ def online(model, views, config, device, due=True):
                 action_r2=regression("action", name, "z_1, z_2", x, y, setup)["value"])
 
 
+def choose_probes(options, config):
+    """Which probes to run, and the Config of the data they run on: the run's own, or for `transfer` another's."""
+    offered = (*APPLIES[config.mode], *(["transfer"] if config.mode == "saccade" else []))
+    probes = options.probe or (["transfer"] if options.dataset else APPLIES[config.mode])
+    for probe in set(probes) - set(offered):
+        raise BadInput(f"--probe {probe}: does not apply to mode {config.mode}; choose from {', '.join(offered)}")
+    if ("transfer" in probes) != bool(options.dataset) or ("transfer" in probes and len(probes) > 1):
+        raise BadInput("--probe transfer: stands alone and needs --dataset, the data set to transfer to")
+    if not options.dataset:
+        return probes, config
+    sizes = settings.preset(options.dataset, config.mode) | {k: v for k in ("image_size", "patch_size") if (v := getattr(options, k))}
+    return probes, settings.check(dataclasses.replace(config, dataset=options.dataset, image_size=sizes["image_size"], patch_size=sizes["patch_size"]))
+
+
 def table(rows):
     """Rows as aligned text."""
     lines = [("probe", "predicts", "from", "head", "epochs", "unit", "trained", "untrained", "paper")]
@@ -266,6 +303,9 @@ def parse(argv=None):
     p.add_argument("--samplings", type=int, default=4, metavar="S", help="view samplings of each training sample (default: 4)")
     p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
+    p.add_argument("--dataset", choices=settings.DATASETS, help="with --probe transfer: the data set to transfer to")
+    p.add_argument("--image-size", type=int, metavar="N", help="with --probe transfer: its image size (default: its preset's)")
+    p.add_argument("--patch-size", type=int, metavar="N", help="with --probe transfer: its patch size (default: its preset's)")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--json", metavar="FILE", help="where the numbers go (default: probes.json in the run's folder)")
     p.add_argument("--figures", action="store_true", help="draw the figures and report.html into the run's folder")

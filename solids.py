@@ -298,19 +298,21 @@ def look_at_origin(theta: torch.Tensor, phi: torch.Tensor, distance: float):
 def hit_box(o, d, _):
     """Rays o + t d, components (n, 1) and (n, S), from outside -> t (n, S) where they enter [-1, 1]^3, FAR if never.
 
-    A root of a negative number marks a miss in all three functions: NaN runs several times faster than torch.where."""
+    A negative number under a root marks a miss in all three functions: on a CPU NaN is far faster than torch.where,
+    and rsqrt than sqrt, which has a slow path for such numbers."""
     inverse = [1 / (axis + 1e-12) for axis in d]
     middle, reach = [-a * b for a, b in zip(o, inverse)], [b.abs() for b in inverse]
     near = torch.maximum(torch.maximum(middle[0] - reach[0], middle[1] - reach[1]), middle[2] - reach[2])
     far = torch.minimum(torch.minimum(middle[0] + reach[0], middle[1] + reach[1]), middle[2] + reach[2])
-    return (near + 0 * (far - near).sqrt()).nan_to_num(FAR)
+    return (near + 0 * (far - near).rsqrt()).nan_to_num(FAR)
 
 
 def hit_ellipsoid(o, d, _):
     """The same for the unit ball."""
     (ox, oy, oz), (dx, dy, dz) = o, d
     a, b, c = dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - 1
-    return ((-b - (b * b - a * c).sqrt()) / a).nan_to_num(FAR)
+    discriminant = b * b - a * c
+    return ((-b - discriminant * discriminant.rsqrt()) / a).nan_to_num(FAR)
 
 
 def hit_frustum(o, d, ends):
@@ -321,12 +323,13 @@ def hit_frustum(o, d, ends):
     slope = (ends[:, 1:] - ends[:, :1]) / 2
     radius, growth = (ends[:, :1] + ends[:, 1:]) / 2 + slope * oz, slope * dz      # at the origin, and along the ray
     a, b, c = dx * dx + dy * dy - growth * growth, ox * dx + oy * dy - radius * growth, ox * ox + oy * oy - radius * radius
-    side = (-b - (b * b - a * c).sqrt()) / (a + 1e-12)
+    discriminant = b * b - a * c
+    side = (-b - discriminant * discriminant.rsqrt()) / (a + 1e-12)
     z = oz + side * dz
     inverse = 1 / (dz + 1e-12)
     cap = -oz * inverse - inverse.abs()
     x, y, r = ox + cap * dx, oy + cap * dy, radius + growth * cap
-    side, cap = side + 0 * (1 - z * z).sqrt(), cap + 0 * (r * r - x * x - y * y).sqrt()
+    side, cap = side + 0 * (1 - z * z).rsqrt(), cap + 0 * (r * r - x * x - y * y).rsqrt()
     return torch.minimum(side.nan_to_num(FAR), cap.nan_to_num(FAR))
 
 
@@ -338,16 +341,16 @@ def screen_bounds(axes: torch.Tensor, vectors: torch.Tensor):
 
 
 def trace(eye: torch.Tensor, axes: torch.Tensor, rays: torch.Tensor, placed: Placed):
-    """First hits of rays (B, T, 3, S), S per tile, from eyes (B, 3) -> t and primitive (B, T, S); FAR and 15 if none.
+    """First hits of rays (B, T, 3, S), S per tile, from eyes (B, 3) -> t (B, T, S), about FAR if none, and primitive (B, T, S).
 
     A dimension B of 1 is shared by all views. Only tiles whose screen bounds meet those of a primitive test it."""
     (B, P), (_, T, _, S) = placed.kind.shape, rays.shape
-    assert P < 16, f"four bits of t hold the primitive, so an object has at most 15, got {P}"
+    assert P <= 16, f"four bits of t hold the primitive, so an object has at most 16, got {P}"
     tile_low, tile_high = screen_bounds(axes, rays)
     low, high = screen_bounds(axes, placed.corners - eye[:, None, :, None])
     meets = ((tile_low[:, :, None] < high[:, None]) & (tile_high[:, :, None] > low[:, None])).all(-1)   # (B, T, P)
     origin = (placed.to_local @ (eye[:, None] - placed.centre)[..., None])
-    nearest = torch.full((B * T, S), FAR, device=rays.device).view(torch.int32) | 15
+    nearest = torch.full((B * T, S), FAR, device=rays.device).view(torch.int32)
     shared, rays = len(rays) == 1, rays.reshape(-1, 3, S)
     for p in range(P):
         for kind, hit in ((BOX, hit_box), (ELLIPSOID, hit_ellipsoid), (FRUSTUM, hit_frustum)):
@@ -369,7 +372,8 @@ def normals(placed: Placed, view: torch.Tensor, primitive: torch.Tensor, points:
     index = view * placed.kind.shape[1] + primitive
     to_local, kind, ends, centre = (x.flatten(0, 1).index_select(0, index)
                                     for x in (placed.to_local, placed.kind, placed.ends, placed.centre))
-    local = (to_local * (points - centre)[:, None]).sum(-1)
+    x, y, z = (points - centre).unbind(-1)
+    local = to_local[:, :, 0] * x[:, None] + to_local[:, :, 1] * y[:, None] + to_local[:, :, 2] * z[:, None]
     x, y, z = local.unbind(-1)
     around, slope = torch.hypot(x, y), (ends[:, 1] - ends[:, 0]) / 2
     on_cap = (z.abs() - 1 > around - (ends.mean(-1) + slope * z))[:, None]
@@ -377,7 +381,8 @@ def normals(placed: Placed, view: torch.Tensor, primitive: torch.Tensor, points:
     normal = torch.where((kind == FRUSTUM)[:, None], torch.where(on_cap, cap, side), local)
     face = local * (local.abs() == local.abs().amax(-1, keepdim=True))
     normal = torch.where((kind == BOX)[:, None], face, normal)
-    return torch.nn.functional.normalize((normal[:, :, None] * to_local).sum(1), dim=-1)
+    normal = normal[:, :1] * to_local[:, 0] + normal[:, 1:2] * to_local[:, 1] + normal[:, 2:] * to_local[:, 2]
+    return torch.nn.functional.normalize(normal, dim=-1)
 
 
 def camera_rays(size: int, device):
@@ -391,9 +396,9 @@ def camera_rays(size: int, device):
     return eye.to(device), axes.to(device), rays.to(device)
 
 
-def surface(solids, object_index, latents, placed, points, primitive):
-    """Colour and unit normal, both (B, T, 3, S), at `points` (B, T, 3, S); `primitive` (B, T, S) is 15 on the floor."""
-    view, tile, sample = (primitive < 15).nonzero(as_tuple=True)
+def surface(solids, object_index, latents, placed, points, on_object, primitive):
+    """Colour and unit normal, both (B, T, 3, S), at `points` (B, T, 3, S); of which `on_object` (B, T, S) are not floor."""
+    view, tile, sample = on_object.nonzero(as_tuple=True)
     p, position = primitive[view, tile, sample], points[view, tile, :, sample]
     stripes, colour = solids.stripes[object_index], solids.colour[object_index]
     wave = (rotation_matrix(latents[:, :3]) * stripes[:, None, :3]).sum(-1)
@@ -416,18 +421,18 @@ def render_chunk(solids: Solids, object_index: torch.Tensor, latents: torch.Tens
     (eye, axes, rays), B, n = camera, len(latents), -(-size // TILE)
     placed = place(solids, object_index, rotation_matrix(latents[:, :3]))
     t, primitive = trace(eye, axes, rays, placed)
-    t = torch.minimum(t, (FLOOR_Z - eye[0, 2]) / rays[:, :, 2])          # every camera ray points below the horizon
-    points = eye[:, None, :, None] + t[:, :, None] * rays
-    albedo, normal = surface(solids, object_index, latents, placed, points, primitive)
+    floor = (FLOOR_Z - eye[0, 2]) / rays[:, :, 2]                        # every camera ray points below the horizon
+    points = eye[:, None, :, None] + torch.minimum(t, floor)[:, :, None] * rays
+    albedo, normal = surface(solids, object_index, latents, placed, points, t < floor, primitive)
 
     light, light_axes = look_at_origin(latents[:, 4], latents[:, 5], LIGHT_DISTANCE)
     beams = points - light[:, None, :, None]
     blocker, _ = trace(light, light_axes, beams, placed)
     lit = (blocker > 1 - 2e-3)[:, :, None]                     # nothing nearer to the light than the point itself
-    length = dot(beams, beams).sqrt()
-    cosine = dot(beams, light_axes[:, None, 2, :, None]) / length
+    inverse = dot(beams, beams).rsqrt()
+    cosine = dot(beams, light_axes[:, None, 2, :, None]) * inverse
     spot = ((cosine - math.cos(SPOT_OUTER)) / (math.cos(SPOT_INNER) - math.cos(SPOT_OUTER))).clamp(0, 1)
-    power = SPOT_STRENGTH * spot * (-dot(beams, normal) / length).clamp(min=0) * lit
+    power = SPOT_STRENGTH * spot * (-dot(beams, normal) * inverse).clamp(min=0) * lit
     fill = AMBIENT - CAMERA_FILL * dot(normal, axes[:, None, 2, :, None]).clamp(max=0)
     tint = hsv_to_rgb(latents[:, 6], LIGHT_SATURATION, 1.0)[:, None, :, None]
     colours = albedo * (fill + tint * power)

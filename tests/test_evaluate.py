@@ -84,6 +84,8 @@ def test_table_is_aligned_and_says_what_is_missing():
 
 @pytest.mark.parametrize("flags, words", [
     (["--probe", "invariance"], "--probe invariance: does not apply to mode saccade"),
+    (["--probe", "transfer"], "--probe transfer: stands alone and needs --dataset"),
+    (["--probe", "transfer", "--dataset", "folder", "--patch-size", "90", "--image-size", "40"], "--patch-size 90 is larger"),
     (["--views", "0"], "--views 0: M_val must be at least 1"),
     (["--samplings", "0"], "--samplings must be at least 1"),
     (["--data-dir", "nowhere"], "nowhere: not found"),
@@ -96,6 +98,30 @@ def test_bad_input_is_one_line_and_status_2(flags, words, trained, capsys):
     error = capsys.readouterr().err
     assert words in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
     assert not (run / "probes.json").exists()
+
+
+def test_transfer_probes_another_data_set(trained, photos, tmp_path):
+    from PIL import Image
+    run = trained("saccade")
+    for i in range(30):
+        (tmp_path / "other" / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (80 * (i % 3), i, 0)).save(tmp_path / "other" / f"class{i % 3}" / f"{i}.png")
+    flags = ["--probe", "transfer", "--dataset", "folder", "--data-dir", str(tmp_path / "other"), "--image-size", "24", "--patch-size", "10"]
+    assert evaluate.main([str(run / "last.pt"), *flags, "--views", "1", "3", "--probe-epochs", "2", "--samplings", "1"]) == 0
+    result = json.loads((run / "probes.json").read_text())
+    assert [r["probe"] for r in result["rows"]] == ["transfer"] * 2 and result["n_train"] + result["n_val"] == 30
+
+
+def test_multiply_adds_are_those_of_b6():
+    """B.6: 1.25e9 for 4 patches of 84 px. (Its 2.35e9 for 8 patches of 32 px is what 4 patches cost; 8 take 4.56e9.)"""
+    from types import SimpleNamespace
+    from config import Config
+    def cost(patch, M):
+        config = Config(mode="saccade", image_size=224, patch_size=patch)
+        views = lambda index, M: SimpleNamespace(views=torch.zeros(2, M + 1, 3, patch, patch), actions=torch.zeros(2, M, 2))
+        return evaluate.multiply_adds(build_model(config, {"position": slice(0, 2)}), views, M) / 1e9
+    assert cost(84, 4) == pytest.approx(1.25, abs=0.01)
+    assert cost(32, 8) == pytest.approx(4.56, abs=0.01) and cost(32, 4) == pytest.approx(2.29, abs=0.01)
 
 
 def test_foreign_checkpoint_is_refused(tmp_path, capsys):
