@@ -268,7 +268,7 @@ class Augmentations:
             views.append(apply(images, drawn, self.size).sub_(mean).div_(std))
             params.append(parameters(drawn, self.size))
         params = torch.stack(params, dim=1)
-        return Batch(torch.stack(views, dim=1), self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device))
+        return Batch(torch.stack(views, dim=1), self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device, non_blocking=True))
 
     @staticmethod
     def relative(first, last):

@@ -53,7 +53,9 @@ STL10_SIDE, STL10_BYTES = 96, 3 * 96 * 96
 
 
 def read_stl10(config, split):
-    """stl10_binary/{train,test,unlabeled}_X.bin: uint8, one image after another, each plane by columns."""
+    """stl10_binary/{train,test,unlabeled}_X.bin: uint8, one image after another, each plane by columns.
+
+    --limit N takes N images of each file."""
     folder = Path(config.data_dir) / "stl10_binary"
     if not folder.exists() and config.download:
         _download(torchvision.datasets.STL10, config.data_dir, split="train")

@@ -28,7 +28,7 @@ def quaternion(angles):
 
 def inverse(q):
     """Of unit quaternions (..., 4): the conjugate."""
-    return q * q.new_tensor([-1, -1, -1, 1])
+    return torch.cat([-q[..., :3], q[..., 3:]], dim=-1)
 
 
 def multiply(p, q):
@@ -76,7 +76,7 @@ class Rotations:
             raise BadInput(f"--views {M}: a sequence needs {M + 1} distinct views and an object has {self.view_count}; lower --views")
         chosen = torch.rand(len(index), self.view_count).topk(M + 1).indices       # on the CPU: images may be fetched there
         views, params = self.look(index, chosen)
-        return Batch(views, self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device))
+        return Batch(views, self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device, non_blocking=True))
 
     @staticmethod
     def relative(first, last):
@@ -87,7 +87,7 @@ class Rotations:
         """Chosen views (B, K) of objects (B,), both on the CPU -> views (B, K, 3, S, S), params (B, K, 9)."""
         rows = (index[:, None] * self.view_count + chosen).flatten()
         views = self.images[rows].unflatten(0, chosen.shape)
-        params = self.params.flatten(0, 1)[rows.to(self.device)].unflatten(0, chosen.shape)
+        params = self.params.flatten(0, 1)[rows.to(self.device, non_blocking=True)].unflatten(0, chosen.shape)
         return normalise(views, self.mean, self.std, channel_dim=2), params
 
     def all_views(self, index):

@@ -101,7 +101,7 @@ class Saccades:
         """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
         fixations, patches = self.scanpaths(index, M + 1)
         position = fixations.flip(2) / self.image_size                                   # (row, column) -> (x, y)
-        return Batch(patches, self.relative(position[:, :-1], position[:, 1:]), position, self.labels[index].to(self.device))
+        return Batch(patches, self.relative(position[:, :-1], position[:, 1:]), position, self.labels[index].to(self.device, non_blocking=True))
 
     def scanpaths(self, index, count):
         """Look at each image `count` times: fixations (B, count, 2), patches (B, count, 3, p, p)."""
