@@ -77,6 +77,7 @@ class Config:
     saliency: str = _flag("signature", "signature | uniform | deepgaze | a folder of saliency_SPLIT.npy (saccade)")
     ior: bool = _flag(True, "inhibition of return (saccade)")
     rotation_range: float = _flag(1.5707964, "largest rotation angle of the embedded solids, radians")
+    hue_range: float = _flag(1.0, "spread of floor and light hues of the embedded solids: 1 = any hue, 0 = always the same")
     object_views: int = _flag(50, "renders per object of the embedded solids")
     limit: int = _flag(0, "use N images or objects of each split, a seeded class-balanced choice; 0 = all", flag_metavar="N")
     download: bool = _flag(True, "fetch STL-10 and CIFAR when absent")
@@ -181,6 +182,8 @@ def check(config):
                        "lower --views or raise --object-views")
     if c.dataset == "3diebench" and c.views + 1 > 50:
         raise BadInput(f"--views {c.views}: 3DIEBench has 50 renders per object, so at most 49 views")
+    if not (0 <= c.hue_range <= 1 and 0 <= c.rotation_range <= 3.1416):
+        raise BadInput("--hue-range must be from 0 to 1, --rotation-range from 0 to pi (the embedded solids)")
     if not 0 <= c.ema <= 1:
         raise BadInput(f"--ema {c.ema}: expected a number from 0 to 1")
     if c.lr <= 0 or c.lr_end < 0 or c.weight_decay < 0:

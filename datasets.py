@@ -18,6 +18,7 @@ import torch
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 
+import shapes
 import solids
 from cache import cache_path, cached
 from config import BadInput
@@ -211,8 +212,8 @@ def read_solids(config, split):
     count = config.limit or SOLIDS_OBJECTS
     count = max(len(solids.CLASSES), count // 4) if part == "val" else count
     views, size = config.object_views, config.image_size
-    settings = dict(seed=SPLIT_SEED, rotation_range=config.rotation_range)
-    source = dict(dataset="solids", part=part, code=_digest(solids.__file__), **settings)
+    settings = dict(seed=SPLIT_SEED, rotation_range=config.rotation_range, hue_range=config.hue_range)
+    source = dict(dataset="solids", part=part, code=[_digest(solids.__file__), _digest(shapes.__file__)], **settings)
 
     def fill(array):
         for objects, images in solids.render_split(part, count, views, size, **settings):

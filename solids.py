@@ -18,6 +18,8 @@ from typing import Iterator, NamedTuple
 import numpy as np
 import torch
 
+from shapes import BOX, CLASSES, ELLIPSOID, FRUSTUM, NOTHING, RECIPES
+
 LATENTS = ("rotation_x", "rotation_y", "rotation_z", "floor_hue", "light_theta", "light_phi", "light_hue")
 LATENT_RANGES = ((-math.pi / 2, math.pi / 2),) * 3 + ((0.0, 1.0), (0.0, math.pi / 4), (0.0, 2 * math.pi), (0.0, 1.0))
 SPLITS = ("train", "val")
@@ -28,163 +30,9 @@ LIGHT_DISTANCE, SPOT_INNER, SPOT_OUTER = 5.0, math.radians(14), math.radians(30)
 FLOOR_Z, FLOOR_SATURATION, FLOOR_VALUE = -1.0, 0.6, 0.9
 AMBIENT, CAMERA_FILL, SPOT_STRENGTH, LIGHT_SATURATION = 0.25, 0.2, 0.55, 0.5   # the first two white; sum 1: no clipping
 STRIPE_STRENGTH = 0.12
+PLAIN_FLOOR_HUE, PLAIN_LIGHT_HUE = 0.6, 0.12                     # what hues shrink to as hue_range goes to 0
 FAR = 1e9                                                       # t of a ray that hits nothing
-CHUNK = 19
-TILE, SAMPLES = 8, 2                                            # pixels per tile side, samples per pixel side
-BOX, ELLIPSOID, FRUSTUM, NOTHING = 0, 1, 2, -1                  # kinds of primitive; NOTHING pads
-
-
-# --- class recipes: z up, front towards -y; u(lo, hi) draws a proportion; the scale is normalised afterwards ---------
-
-def box(centre, half, turn=(0, 0, 0), part=0):
-    """One row: kind, centre (3), half extents (3), turn (extrinsic xyz radians), end radii (2), part (picks a colour)."""
-    return (BOX, *centre, *half, *turn, 1, 1, part)
-
-
-def ellipsoid(centre, radii, turn=(0, 0, 0), part=0):
-    return (ELLIPSOID, *centre, *radii, *turn, 1, 1, part)
-
-
-def frustum(base, top, r0, r1=None, part=0, flat=1):
-    """Truncated cone (a cylinder if `r1` is None) from point `base`, radius `r0`, to `top`, `r1`; y is scaled by `flat`."""
-    r1 = r0 if r1 is None else r1
-    dx, dy, dz = (b - a for a, b in zip(base, top))
-    length, radius = math.sqrt(dx * dx + dy * dy + dz * dz), max(r0, r1)
-    turn = (0, math.acos(dz / length), math.atan2(dy, dx))      # takes the z axis to the direction base -> top
-    middle = ((a + b) / 2 for a, b in zip(base, top))
-    return (FRUSTUM, *middle, radius, flat * radius, length / 2, *turn, r0 / radius, r1 / radius, part)
-
-
-def legs(x, y, top, bottom, r, part=1):
-    return [frustum((i * x, j * y, top), (i * x, j * y, bottom), r, 0.8 * r, part) for i in (-1, 1) for j in (-1, 1)]
-
-
-def wheels(xs, y, z, r, width, part=2):
-    return [frustum((x, j * y, z), (x, j * (y + width), z), r, part=part) for x in xs for j in (-1, 1)]
-
-
-def aeroplane(u):
-    r, sweep, span, chord = u(.10, .14), u(.15, .5), u(.45, .55), u(.10, .16)
-    wing = lambda x, z, s, c, j: box((x - s * math.sin(sweep), j * s * math.cos(sweep), z), (c, s, .025), (0, 0, j * sweep), 1)
-    return [ellipsoid((0, 0, 0), (1, r, r)), wing(.2, 0, span, chord, 1), wing(.2, 0, span, chord, -1),
-            wing(-.75, .05, .2, .08, 1), wing(-.75, .05, .2, .08, -1), box((-.85, 0, .2), (.1, .025, u(.16, .24)), (0, -.3, 0), 2),
-            *(frustum((-.1, j * .42, -.08), (.22, j * .42, -.08), .06, part=2) for j in (-1, 1))]
-
-
-def bookshelf(u):
-    w, d, h, n, t = u(.40, .55), u(.13, .2), u(.85, 1), int(u(3, 6)), .035
-    boards = [box((0, 0, h * (2 * i / n - 1)), (w, d, t), part=1) for i in range(n + 1)]
-    return [box((-w, 0, 0), (t, d, h)), box((w, 0, 0), (t, d, h)), box((0, d, 0), (w, .02, h), part=2), *boards]
-
-
-def bottle(u):
-    r, body, neck = u(.22, .32), u(.9, 1.2), u(.07, .1)
-    top = body + u(.2, .35)
-    end = top + u(.2, .35)
-    return [frustum((0, 0, 0), (0, 0, body), r), frustum((0, 0, body), (0, 0, top), r, neck),
-            frustum((0, 0, top), (0, 0, end), neck), frustum((0, 0, end), (0, 0, end + .12), neck * 1.35, part=1),
-            frustum((0, 0, .2 * body), (0, 0, .7 * body), r * 1.04, part=2)]
-
-
-def car(u):
-    w, h, nose, r = u(.38, .45), u(.14, .18), u(.35, .5), u(.17, .22)
-    return [box((0, 0, 0), (1, w, h)), box((nose / 2 - .3, 0, h + .14), (.38, w * .85, .15), part=1),
-            box((nose / 2 + .1, 0, h + .07), (.24, w * .84, .08), (0, .55, 0), 1), *wheels((-.6, .6), w - .1, -h, r, .14)]
-
-
-def chair(u):
-    w, back, leg, t = u(.38, .48), u(.75, 1.0), u(.65, .85), u(.05, .07)
-    bars = [box((x * w, w, back / 2), (t, t, back / 2), part=1) for x in (-.9, 0, .9)]
-    rest = [box((0, w, back / 2), (w, t, back / 2), part=1)] if u(0, 1) < .5 else [*bars, box((0, w, back), (w, t, .13))]
-    return [box((0, 0, 0), (w, w, t)), *legs(w * .88, w * .88, 0, -leg, .065), *rest]
-
-
-def guitar(u):
-    low, high, d, neck = u(.40, .48), u(.28, .34), u(.09, .13), u(.8, 1.0)
-    top = .75 + neck
-    return [frustum((0, d, 0), (0, -d, 0), low), frustum((0, d, .48), (0, -d, .48), high), box((0, 0, .3), (high * .8, d, .2)),
-            frustum((0, -d, .18), (0, -d - .02, .18), .14, part=2), box((0, -d, .45 + top / 2), (.055, .04, top / 2 - .1), part=1),
-            box((0, -d, top + .45), (.11, .05, .15), part=2), box((0, -d - .02, -.2), (.17, .03, .04), part=1)]
-
-
-def lamp(u):
-    h, low, high, s = u(1.0, 1.3), u(.45, .6), u(.16, .28), u(.45, .6)
-    return [frustum((0, 0, 0), (0, 0, .09), u(.32, .42), .25), frustum((0, 0, 0), (0, 0, h), .05, part=1),
-            frustum((0, 0, h), (0, 0, h + s), low, high, 2), ellipsoid((0, 0, u(.2, .5)), (.13, .13, .16), part=1)]
-
-
-def laptop(u):
-    w, d, t, tilt = u(.75, .95), u(.5, .62), .045, u(.1, .6)
-    lid = lambda up, out, half, part: box(
-        (0, d + up * math.sin(tilt) - out * math.cos(tilt), up * math.cos(tilt) + out * math.sin(tilt)), half, (-tilt, 0, 0), part)
-    return [box((0, 0, 0), (w, d, t)), lid(d, 0, (w, t * .8, d), 0), lid(d, t, (w * .88, .02, d * .84), 1),
-            box((0, .14, t), (w * .85, d * .45, .02), part=2), box((0, -d * .65, t), (w * .25, d * .2, .02), part=2)]
-
-
-def mug(u):
-    r, h, reach, t = u(.42, .55), u(.5, .65), u(.26, .36), .075
-    low, high = -h * u(.4, .6), h * u(.4, .65)
-    points = [(r - .05, low), (r + .7 * reach, low), (r + reach, low + .16), (r + reach, high - .16), (r + .7 * reach, high), (r - .05, high)]
-    handle = [frustum((a, 0, b), (c, 0, d), t, part=1) for (a, b), (c, d) in zip(points, points[1:])]
-    return [frustum((0, 0, -h), (0, 0, h), r * u(.8, 1), r), frustum((0, 0, h), (0, 0, h + .012), r * .86, part=2), *handle]
-
-
-def rocket(u):
-    r, h, nose, fin = u(.18, .25), u(1.0, 1.3), u(.4, .6), u(.2, .3)
-    fins = [box((math.cos(a) * (r + fin / 2), math.sin(a) * (r + fin / 2), .12), (fin, .03, .25), (0, .35, a), 1)
-            for a in (.5, .5 + math.pi / 2, .5 + math.pi, .5 + math.pi * 1.5)]
-    return [frustum((0, 0, 0), (0, 0, h), r), frustum((0, 0, h), (0, 0, h + nose), r, 0, 1),
-            frustum((0, 0, -.2), (0, 0, 0), r * .95, r * .55, 2), frustum((0, 0, .7 * h), (0, 0, .82 * h), r * 1.05, part=2), *fins]
-
-
-def sailboat(u):
-    w, h, mast, sail = u(.2, .28), u(.12, .16), u(1.2, 1.5), u(.5, .7)
-    return [box((-.1, 0, 0), (.62, w, h)), ellipsoid((.45, 0, 0), (.55, w * .98, h * .98)),
-            frustum((0, 0, 0), (0, 0, h + mast), .035, part=2),
-            frustum((-.1, 0, h + .12), (0, 0, h + mast), sail, 0, 1, flat=.05)]
-
-
-def skateboard(u):
-    w, r, x, tilt = u(.24, .32), u(.1, .13), u(.5, .6), u(.3, .6)
-    tail = lambda j: box((j * (.72 + .2 * math.cos(tilt)), 0, .2 * math.sin(tilt)), (.22, w * .92, .04), (0, -j * tilt, 0), 1)
-    axles = [box((j * x, 0, -.1), (.05, w * .6, .09), part=1) for j in (-1, 1)]
-    return [box((0, 0, 0), (.75, w, .04)), tail(1), tail(-1), *axles, *wheels((-x, x), w * .55, -.2, r, .14)]
-
-
-def sofa(u):
-    w, d, seat, back, arm = u(.75, .95), u(.36, .44), u(.16, .2), u(.5, .65), u(.12, .17)
-    return [box((0, 0, 0), (w, d, seat)), box((0, d, back / 2), (w + arm, .13, back / 2 + seat), part=0),
-            *(box((j * (w + arm * .5), 0, .12), (arm, d, seat + .13), part=1) for j in (-1, 1)),
-            *(box((j * w * .47, -.06, seat + .05), (w * .44, d * .9, .07), part=2) for j in (-1, 1))]
-
-
-def table(u):
-    w, d, h, t = u(.75, 1), u(.5, .75), u(.6, .85), u(.045, .07)
-    if u(0, 1) < .3:
-        return [frustum((0, 0, -t), (0, 0, t), w * .9), *legs(w * .52, w * .52, 0, -h, .075)]
-    return [box((0, 0, 0), (w, d, t)), *legs(w * .88, d * .86, 0, -h, .075)]
-
-
-def teddy(u):
-    belly, head, limb = u(.36, .44), u(.29, .35), u(.13, .17)
-    z = belly * 1.1 + head * .75
-    return [ellipsoid((0, 0, 0), (belly, belly * .85, belly * 1.15)), ellipsoid((0, -.02, z), (head, head * .9, head * .9)),
-            ellipsoid((0, -head * .85, z - .06), (.13, .12, .1), part=1),
-            *(ellipsoid((j * head * .75, 0, z + head * .75), (.13, .08, .13), part=1) for j in (-1, 1)),
-            *(ellipsoid((j * (belly + .12), -.1, .18), (.28, limb, limb), (0, j * .6, 0), 2) for j in (-1, 1)),
-            *(ellipsoid((j * belly * .65, -.32, -belly * .9), (limb * 1.1, .32, limb * 1.1), part=2) for j in (-1, 1))]
-
-
-def train(u):
-    r, z, cab, w = u(.22, .28), .28, u(.5, .65), .3
-    return [frustum((-.4, 0, z), (.85, 0, z), r), box((0, 0, 0), (.95, w, .07), part=1), box((-.62, 0, cab / 2), (.28, w, cab / 2)),
-            box((-.62, 0, cab), (.36, w + .08, .04), part=1), frustum((.6, 0, z), (.6, 0, z + r + u(.25, .4)), .07, .12, part=1),
-            ellipsoid((.1, 0, z + r), (.12, .12, .14), part=2), *wheels((-.65, 0, .55), w - .1, -.1, .2, .12)]
-
-
-RECIPES = (aeroplane, bookshelf, bottle, car, chair, guitar, lamp, laptop,
-           mug, rocket, sailboat, skateboard, sofa, table, teddy, train)
-CLASSES = tuple(recipe.__name__ for recipe in RECIPES)
+TILE, SAMPLES = 4, 2                                            # pixels per tile side, samples per pixel side
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -260,10 +108,16 @@ def fit_unit_ball(kind, centre, half, axes, ends):
     return centre * scale, half * scale * real
 
 
-def sample_latents(n_objects: int, n_views: int, seed: int, split: str, rotation_range: float = math.pi / 2) -> torch.Tensor:
-    """float32 (n_objects, n_views, 7) in the order of LATENTS; the three angles within +-rotation_range (radians)."""
+def sample_latents(n_objects: int, n_views: int, seed: int, split: str, rotation_range: float = math.pi / 2,
+                   hue_range: float = 1.0) -> torch.Tensor:
+    """float32 (n_objects, n_views, 7) in the order of LATENTS.
+
+    rotation_range: the three angles lie within +-rotation_range, radians.  hue_range: from 1, 3DIEBench's hues of floor
+    and light, down to 0, the same blue floor and warm light in every view. Hues are what short runs would learn first."""
     low, high = np.array(LATENT_RANGES).T
     low[:3], high[:3] = -rotation_range, rotation_range
+    for column, plain in ((3, PLAIN_FLOOR_HUE), (6, PLAIN_LIGHT_HUE)):
+        low[column], high[column] = plain * (1 - hue_range), plain * (1 - hue_range) + hue_range
     uniform = [generator(1, seed, split, i).random((n_views, len(LATENTS))) for i in range(n_objects)]
     return torch.from_numpy(low + (high - low) * np.array(uniform).reshape(n_objects, n_views, len(LATENTS))).float()
 
@@ -322,7 +176,8 @@ def hit_frustum(o, d, ends):
     (ox, oy, oz), (dx, dy, dz) = o, d
     slope = (ends[:, 1:] - ends[:, :1]) / 2
     radius, growth = (ends[:, :1] + ends[:, 1:]) / 2 + slope * oz, slope * dz      # at the origin, and along the ray
-    a, b, c = dx * dx + dy * dy - growth * growth, ox * dx + oy * dy - radius * growth, ox * ox + oy * oy - radius * radius
+    a, b = dx * dx + dy * dy - growth * growth, ox * dx + oy * dy - radius * growth
+    c = ox * ox + oy * oy - radius * radius
     discriminant = b * b - a * c
     side = (-b - discriminant * discriminant.rsqrt()) / (a + 1e-12)
     z = oz + side * dz
@@ -445,16 +300,17 @@ def render(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor, si
     """Views of objects `object_index` (B,) under `latents` (B, 7) -> uint8 (B, 3, size, size), on latents' device."""
     assert latents.shape == (len(object_index), 7), f"latents must be ({len(object_index)}, 7), got {tuple(latents.shape)}"
     solids, object_index = Solids(*(x.to(latents.device) for x in solids)), object_index.to(latents.device)
-    samples = 2**CHUNK if latents.device.type == "cpu" else 2**24         # at a time; on a CPU temporaries stay in cache
+    samples = 2**19 if latents.device.type == "cpu" else 2**24           # at a time; on a CPU temporaries stay in cache
     chunk, camera = max(1, samples // (size * SAMPLES) ** 2), camera_rays(size, latents.device)
     parts = zip(object_index.split(chunk), latents.split(chunk))
     return torch.cat([render_chunk(solids, index, part, size, camera) for index, part in parts])
 
 
 def render_split(split: str, n_objects: int, n_views: int, size: int, seed: int, rotation_range: float = math.pi / 2,
-                 device="cpu", batch: int = 16) -> Iterator[tuple[slice, np.ndarray]]:
+                 hue_range: float = 1.0, device="cpu", batch: int = 16) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (slice of objects, images uint8 (b, n_views, 3, size, size)); labels and latents: sample_objects/_latents."""
-    solids, latents = sample_objects(n_objects, seed, split), sample_latents(n_objects, n_views, seed, split, rotation_range)
+    solids = sample_objects(n_objects, seed, split)
+    latents = sample_latents(n_objects, n_views, seed, split, rotation_range, hue_range)
     for start in range(0, n_objects, batch):
         objects = slice(start, min(start + batch, n_objects))
         index = torch.arange(objects.start, objects.stop).repeat_interleave(n_views)
