@@ -216,7 +216,8 @@ def read_solids(config, split):
     source = dict(dataset="solids", part=part, code=[_digest(solids.__file__), _digest(shapes.__file__)], **settings)
 
     def fill(array):
-        for objects, images in solids.render_split(part, count, views, size, **settings):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for objects, images in solids.render_split(part, count, views, size, device=device, **settings):
             array[objects] = images
             yield objects.stop
 

@@ -1,6 +1,6 @@
 """The sixteen classes of solids.py: what an aeroplane is made of.
 
-    recipe(u)  ->  list of primitives, at most 16; u(lo, hi) draws a proportion of this object
+    recipe(u)  ->  list of primitives, at most 15; u(lo, hi) draws a proportion of this object
 
 Axes: z up, the front towards -y. Sizes are relative: solids.py moves and scales the object into the unit ball.
 `part` picks one of the object's three colours, which are drawn per object and say nothing about its class.

@@ -44,7 +44,7 @@ def test_quick_combines_with_every_preset():
 
 def test_every_preset_names_fields_of_config():
     fields = {f.name for f in dataclasses.fields(Config)}
-    for values in (*settings.PRESETS.values(), settings.QUICK, *settings.QUICK_MODE.values()):
+    for values in (*settings.PRESETS.values(), settings.QUICK, *settings.QUICK_MODE.values(), *settings.QUICK_SOLIDS.values()):
         assert set(values) <= fields
 
 

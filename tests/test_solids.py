@@ -183,6 +183,13 @@ def test_the_spot_leaves_the_far_floor_in_the_dark():
     assert image[:, :2].mean() < .6 * image[:, 20:26, 12:20].mean()
 
 
+def test_without_the_spot_what_faces_the_camera_is_brightest(monkeypatch):
+    monkeypatch.setattr(solids, "SPOT_STRENGTH", 0.0)
+    image = render(scene(ELLIPSOID, (0, 0, 0), (.8, .8, .8), colour=(1, 1, 1)), torch.tensor([0]), latent(), 65)[0].double() / 255
+    assert image[0, 32, 32] == pytest.approx(solids.AMBIENT + solids.CAMERA_FILL, abs=.01)
+    assert image[0, 32, 9] < image[0, 32, 32] - .05                         # towards the rim
+
+
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 def test_same_seed_same_images_and_other_seeds_or_splits_other_ones():
