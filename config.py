@@ -52,9 +52,9 @@ PRESETS = {
 QUICK = dict(width=16, stem="strided", batch_size=64, lr=1e-3, warmup_epochs=1, ema=0.99, z_norm=True, action_dim=32, agg_hidden=512,
              limit=10_000)
 QUICK_MODE = {
-    "saccade": dict(image_size=48, patch_size=16, epochs=10),
-    "rotation": dict(image_size=48, epochs=24),
-    "augment": dict(image_size=32, epochs=8),
+    "saccade": dict(image_size=48, patch_size=16, epochs=8),
+    "rotation": dict(image_size=48, epochs=16),
+    "augment": dict(image_size=32, epochs=4),
 }
 # Embedded solids: fewer renders, and less that varies between them than in 3DIEBench, so that minutes suffice to learn something.
 QUICK_SOLIDS = {

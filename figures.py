@@ -97,7 +97,7 @@ def draw_scanpaths(views, config, path, count=6):
     return _save(figure, path)
 
 
-def draw_sequences(views, config, path, count=5):
+def draw_sequences(views, config, path, count=3):
     """Rows of views with the action that leads to the next one written under each (Fig. 3a)."""
     index, M = _spread(views, count), config.views
     seed_all(config.seed)
