@@ -53,13 +53,13 @@ QUICK = dict(width=16, stem="strided", batch_size=64, lr=1e-3, warmup_epochs=1, 
              limit=10_000)
 QUICK_MODE = {
     "saccade": dict(image_size=48, patch_size=16, epochs=8),
-    "rotation": dict(image_size=48, epochs=16),
+    "rotation": dict(image_size=48, stem="imagenet", epochs=36),
     "augment": dict(image_size=32, epochs=4),
 }
 # Embedded solids: fewer renders, and less that varies between them than in 3DIEBench, so that minutes suffice to learn something.
 QUICK_SOLIDS = {
     "saccade": dict(limit=4000, object_views=2, rotation_range=0.4, hue_range=0.0, patch_size=24),
-    "rotation": dict(limit=2400, object_views=8, rotation_range=0.7853982),
+    "rotation": dict(limit=2400, object_views=8, rotation_range=0.7853982, hue_range=0.2),
     "augment": dict(limit=4000, object_views=2, rotation_range=0.4),
 }
 
