@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN = .venv/bin
 FIRST = runs/first
 
-first: $(FIRST)/last.pt
+first: $(FIRST)/curves.png
 	$(BIN)/python evaluate.py $(FIRST)/last.pt --samplings 1 --figures
 	@echo "Look at $(FIRST)/views.png, maps.png, curves.png and the table above ($(FIRST)/probes.json)."
 
-$(FIRST)/last.pt: | .venv/run
-	$(BIN)/python train.py --dataset solids --mode saccade --quick --name first
+# curves.png is written when training is done; an interrupted run is resumed.
+$(FIRST)/curves.png: | .venv/run
+	$(BIN)/python train.py --dataset solids --mode saccade --quick --name first $(if $(wildcard $(FIRST)/last.pt),--resume)
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
@@ -25,3 +26,4 @@ test: .venv/test
 	touch $@
 
 .PHONY: first test
+.PRECIOUS: $(FIRST)/curves.png

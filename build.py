@@ -1,7 +1,7 @@
 """From a Config to the objects of a run. This is the only place where a mode or a method is chosen.
 
     views = build_views(config, "train", device)     index (B,), M  ->  Batch
-    model = build_model(config, views)               views, actions ->  Output
+    model = build_model(config, views.groups)        views, actions ->  Output
 
 A mode is an object with
     __call__(index, M) -> Batch     sample M+1 views of each sample, on the device
@@ -50,7 +50,7 @@ def conditioned(condition, groups):
 
 
 def stem(config):
-    """Sec. 4.2: the CIFAR stem for 32-pixel images and foveal patches, the standard one for larger views."""
+    """Sec. 4.2: the CIFAR stem for 32-pixel images and patches, the standard one for larger views (48 px is our line)."""
     if config.stem != "auto":
         return config.stem
     return "cifar" if config.view_size <= 48 else "imagenet"
@@ -63,6 +63,8 @@ def pick_device(name):
         name = next(kind for kind, there in available.items() if there)
     if not available.get(name.split(":")[0], False):
         raise BadInput(f"--device {name}: not available here; use auto, cpu, cuda or mps")
+    if name.startswith("cuda:") and not (name[5:].isdigit() and int(name[5:]) < torch.cuda.device_count()):
+        raise BadInput(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return torch.device(name)
 
 

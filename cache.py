@@ -1,11 +1,11 @@
 """Arrays on disk that are made once: decoded images, rendered solids, saliency maps.
 
 `cached(path, key, shape, dtype, fill)` returns a memory-mapped array. The first time, `fill` writes it
-batch by batch into a temporary file that takes its final name only when complete, so a killed run leaves
-nothing half-written. Beside `x.npy` lies `x.json` with the `key`: what the array was made from. When the
+batch by batch into a temporary file that takes its final name only when complete, so no half-written array
+is ever read. Beside `x.npy` lies `x.json` with the `key`: what the array was made from. When the
 key no longer fits (a changed folder, another size) the array is made again.
 
-Arrays that take hours are `resumable`: the unfinished `x.npy.part` stays, `x.npy.progress` says how many of
+The 3DIEBench pack, which takes hours, is `resumable`: the unfinished `x.npy.part` stays, `x.npy.progress` says how many of
 its rows are on the disk and for which key, and the next run goes on from there.
 """
 import contextlib

@@ -108,6 +108,7 @@ class Config:
     warmup_epochs: int = _flag(20, "linear warm-up")
     ema: float = _flag(0.996, "tau at the first step; rises to 1 on a cosine")
     # The run
+    workers: int = _flag(0, "threads that decode image files; 0 = one per core")
     seed: int = _flag(0, "of everything: weights, order, views, splits")
     quick: bool = _flag(False, "a laptop-sized run: smaller encoder, images and data, minutes on a CPU")
     device: str = _flag("auto", "auto | cpu | cuda | mps")
@@ -175,7 +176,7 @@ def check(config):
     if c.condition not in CONDITIONS[c.mode]:
         raise BadInput(f"--condition {c.condition}: mode {c.mode} offers {', '.join(CONDITIONS[c.mode])}")
     at_least = dict(views=1, image_size=8, patch_size=4, width=1, action_dim=1, agg_hidden=1, epochs=1, batch_size=2, object_views=1,
-                    limit=0, warmup_epochs=0, probe_every=0)
+                    limit=0, warmup_epochs=0, probe_every=0, seed=0, workers=0)
     for field, low in at_least.items():
         if getattr(c, field) < low:
             raise BadInput(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least {low}")
@@ -190,7 +191,7 @@ def check(config):
         raise BadInput("--hue-range must be from 0 to 1, --rotation-range from 0 to pi (the embedded solids)")
     if not 0 <= c.ema <= 1:
         raise BadInput(f"--ema {c.ema}: expected a number from 0 to 1")
-    if c.lr <= 0 or c.lr_end < 0 or c.weight_decay < 0:
+    if not (0 < c.lr < 1e3 and 0 <= c.lr_end < 1e3 and 0 <= c.weight_decay < 1e3):        # refuses nan too
         raise BadInput("--lr must be above 0, --lr-end and --weight-decay at least 0")
     if c.name and Path(c.name).name != c.name:
         raise BadInput(f"--name {c.name}: expected a plain folder name; use --out for the folder it goes in")

@@ -179,7 +179,7 @@ def decoded(files, labels, classes, config, name):
     source = dict(dataset=config.dataset, files=fingerprint(files, Path(config.data_dir)), size=size)
 
     def fill(array):
-        with ThreadPoolExecutor() as pool:                 # decoding releases the interpreter lock
+        with ThreadPoolExecutor(config.workers or None) as pool:                 # decoding releases the interpreter lock
             for start in range(0, len(files), 256):
                 chunk = files[start:start + 256]
                 for i, image in enumerate(pool.map(lambda f: decode(f, size), chunk), start):

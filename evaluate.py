@@ -126,7 +126,7 @@ def probe_invariance(train, val, setup):
 def probe_retrieval(train, val, setup):
     """Does z_hat find the true next view among the object's views it has not seen? MRR, H@1, H@5 (as SIE's predictor metrics)."""
     views, M, model, ranks = setup.views["val"], setup.M_train, setup.model.eval(), []
-    for index in torch.arange(len(views)).split(128):
+    for index in torch.arange(len(views)).split(16):          # all renders of each
         seed_all(setup.seed, 2, int(index[0]))
         chosen = torch.rand(len(index), views.view_count).topk(M + 1).indices
         all_views, params = views.all_views(index)
@@ -196,6 +196,10 @@ def settle_batchnorm(model, views, M):
 
     Without this the comparison would flatter training: an untrained encoder under eval() is not normalised at all."""
     model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None                         # a plain average over the batches, without a trace of the initial values
     with torch.no_grad():
         for i in range(SETTLE_BATCHES):
             seed_all(i)
@@ -206,8 +210,10 @@ def settle_batchnorm(model, views, M):
 
 def measure(model, setup):
     """All rows of one model."""
+    if setup.compile:
+        model.encoder.compile()
     train, val = (extract(model, setup.views[split], setup.lengths, setup.device, samplings=samplings, seed=setup.seed + i,
-                          what=f"{split} features") for i, (split, samplings) in enumerate((("train", setup.samplings), ("val", 1))))
+                          only_agg=setup.probes == ["transfer"], amp=setup.amp, what=f"{split} features") for i, (split, samplings) in enumerate((("train", setup.samplings), ("val", 1))))
     setup.model = model                                    # for the one probe that needs the predictor
     return [r for probe in setup.probes for r in PROBES[probe](train, val, setup)]
 
@@ -215,21 +221,23 @@ def measure(model, setup):
 def evaluate(options):
     """Load the checkpoint, probe it and a randomly initialised twin, print and keep the table."""
     started, run_dir = time.monotonic(), Path(options.checkpoint).parent
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise BadInput(f"--json {options.json}: its folder does not exist; make it first")
     checkpoint = load_checkpoint(options.checkpoint)
     changes = {k: v for k in ("data_dir", "limit") if (v := getattr(options, k)) is not None}
     config, device = config_of(checkpoint, **changes), pick_device(options.device)
     probes, data = choose_probes(options, config)
     lengths = sorted({*(options.views or LENGTHS[config.mode]), *([config.views] if "invariance" in probes else [])})
     views = {split: build_views(data, split, device) for split in ("train", "val")}
-    setup = SimpleNamespace(views=views, lengths=lengths, device=device, seed=config.seed, probes=probes, quick=config.quick,
-                            samplings=options.samplings, probe_epochs=options.probe_epochs, M_train=config.views)
+    setup = SimpleNamespace(amp=options.amp and device.type == "cuda", views=views, lengths=lengths, device=device, seed=config.seed, probes=probes, quick=config.quick,
+                            samplings=options.samplings, probe_epochs=options.probe_epochs, M_train=config.views, compile=options.compile)
 
     model = build_model(config, views["val"].groups)
     model.load_state_dict(checkpoint["model"])
     rows = measure(model.to(device), setup)
     untrained = settle_batchnorm(build_model(config, views["val"].groups).to(device), views["train"], config.views)
-    experiment = (config.dataset, config.mode, config.condition, config.views)
-    paper = {} if config.quick else PAPER.get(experiment, {})
+    as_published = not config.quick and config.ior and config.saliency != "uniform" and (config.action_in, config.action_embed) == ("both", "linear")
+    paper = PAPER.get((config.dataset, config.mode, config.condition, config.views), {}) if as_published else {}
     for r, other in zip(rows, measure(untrained, setup)):
         r["untrained"], r["paper"] = other["value"], paper.get((r["probe"], r["predicts"], r["from"]))
 
@@ -239,11 +247,12 @@ def evaluate(options):
     result = dict(checkpoint=str(options.checkpoint), step=checkpoint["step"], config=checkpoint["config"], device=str(device),
                   n_train=len(views["train"]), n_val=len(views["val"]), samplings=options.samplings,
                   seconds=round(time.monotonic() - started, 1), rows=rows)
-    save_atomically(Path(options.json or run_dir / "probes.json"), lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
+    name = "-".join(["probes", *(options.probe or []), *([options.dataset] if options.dataset else [])])    # a part does not replace the whole
+    save_atomically(Path(options.json or run_dir / f"{name}.json"), lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     if options.figures:
         for figure in figures.draw_all(model, views["val"], config, rows, run_dir):
             print(f"drew {figure}")
-        print(f"wrote {write_report(run_dir)}")
+        print(f"wrote {write_report(run_dir, result)}")
     return 0
 
 
@@ -271,14 +280,20 @@ def choose_probes(options, config):
     """Which probes to run, and the Config of the data they run on: the run's own, or for `transfer` another's."""
     offered = (*APPLIES[config.mode], *(["transfer"] if config.mode == "saccade" else []))
     probes = options.probe or (["transfer"] if options.dataset else APPLIES[config.mode])
+    probes = list(probes)
     for probe in set(probes) - set(offered):
         raise BadInput(f"--probe {probe}: does not apply to mode {config.mode}; choose from {', '.join(offered)}")
     if ("transfer" in probes) != bool(options.dataset) or ("transfer" in probes and len(probes) > 1):
         raise BadInput("--probe transfer: stands alone and needs --dataset, the data set to transfer to")
     if not options.dataset:
+        if options.image_size or options.patch_size:
+            raise BadInput("--image-size and --patch-size: only with --probe transfer; the run's own sizes come from its checkpoint")
         return probes, config
+    if options.figures:
+        raise BadInput("--figures: shows the run's own data; leave it out with --probe transfer")
     sizes = settings.preset(options.dataset, config.mode) | {k: v for k in ("image_size", "patch_size") if (v := getattr(options, k))}
-    return probes, settings.check(dataclasses.replace(config, dataset=options.dataset, image_size=sizes["image_size"], patch_size=sizes["patch_size"]))
+    return probes, settings.check(dataclasses.replace(config, dataset=options.dataset, image_size=sizes["image_size"], patch_size=sizes["patch_size"],
+                                                      saliency=options.saliency or config.saliency))
 
 
 def table(rows):
@@ -306,14 +321,17 @@ def parse(argv=None):
     p.add_argument("--dataset", choices=settings.DATASETS, help="with --probe transfer: the data set to transfer to")
     p.add_argument("--image-size", type=int, metavar="N", help="with --probe transfer: its image size (default: its preset's)")
     p.add_argument("--patch-size", type=int, metavar="N", help="with --probe transfer: its patch size (default: its preset's)")
+    p.add_argument("--saliency", metavar="S", help="with --probe transfer: its saliency maps, as train.py's --saliency (default: the run's)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast, on CUDA")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the encoder")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
-    p.add_argument("--json", metavar="FILE", help="where the numbers go (default: probes.json in the run's folder)")
+    p.add_argument("--json", metavar="FILE", help="where the numbers go (default: probes.json in the run's folder, or probes-PROBE.json for some of them)")
     p.add_argument("--figures", action="store_true", help="draw the figures and report.html into the run's folder")
     options = p.parse_args(argv)
     if options.views and min(options.views) < 1:
         raise BadInput(f"--views {min(options.views)}: M_val must be at least 1")
-    if options.samplings < 1 or options.probe_epochs < 0:
-        raise BadInput("--samplings must be at least 1 and --probe-epochs at least 0")
+    if options.samplings < 1 or options.probe_epochs < 0 or (options.limit or 0) < 0:
+        raise BadInput("--samplings must be at least 1, --probe-epochs and --limit at least 0")
     return options
 
 

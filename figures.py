@@ -183,8 +183,9 @@ def draw_maps(gallery, views, config, path):
         figure.colorbar(points, ax=axis)
         axis.set_title(f"z of view 1, by {name}")
     _bare(axes[None])
-    figures = dict(saccade="6", rotation="5").get(config.mode, "5") if config.condition != "none" else dict(saccade="14").get(config.mode, "13")
-    figure.suptitle(f"{method} of {len(flat_z):,} validation samples, condition {config.condition} (as Fig. {figures})", fontsize=11)
+    redrawn = {("rotation", True): " (as Fig. 5)", ("saccade", True): " (as Fig. 6)", ("rotation", False): " (as Fig. 13)",
+               ("saccade", False): " (as Fig. 14)"}.get((config.mode, config.condition != "none"), "")
+    figure.suptitle(f"{method} of {len(flat_z):,} validation samples, condition {config.condition}{redrawn}", fontsize=11)
     return _save(figure, path)
 
 

@@ -21,7 +21,7 @@ from build import seed_all
 class Features(NamedTuple):
     """Frozen features of N samples, each seen S times as a sequence of V views; on the CPU, float32."""
     z_clean: torch.Tensor   # (S, N, D) encoder output of the mode's clean image, or of the first view if it has none
-    z: torch.Tensor         # (S, N, V, D) of every view
+    z: torch.Tensor         # (S, N, 2, D) of the first two views
     a: torch.Tensor         # (S, N, V-1, E) embedded actions
     actions: torch.Tensor   # (S, N, V-1, A)
     params: torch.Tensor    # (S, N, V, P)
@@ -32,25 +32,32 @@ class Features(NamedTuple):
 
 
 @torch.inference_mode()
-def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=256, index=None, what="features"):
-    """Features of the samples `index` (all if None) of `views` for the inference lengths M_val in `lengths`."""
+def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=256, index=None, only_agg=False, amp=False,
+            what="features"):
+    """Features of the samples `index` (all if None) of `views` for the inference lengths M_val in `lengths`.
+
+    only_agg: leave out what only other probes than classification on z_agg need (the clean image, the ablated aggregates).
+    amp: bfloat16 autocast."""
     was_training = model.training
     model.eval()
     index = torch.arange(len(views)) if index is None else index
-    N, V, rows = len(index), max(lengths) + 1, []
+    N, V, rows = len(index), max(*lengths, 2) + 1, []          # at least two observed views: the action between them is probed
+    kept = ((1, 1),) if only_agg else ((1, 1), (0, 1), (1, 0))
     for s in range(samplings):
         for i, some in enumerate(tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False)):
             seed_all(seed, s, i)
-            batch, clean = views(some, V - 1), views.clean(some)
-            z, a = model.encode(batch.views), model.embed(batch.actions)
-            aggregates = [model.aggregate(keep_z * z[:, :M], keep_a * a[:, :M - 1])
-                          for keep_z, keep_a in ((1, 1), (0, 1), (1, 0)) for M in lengths]
-            z_clean = z[:, 0] if clean is None else model.encoder(clean)
-            rows.append((z_clean, z, a, batch.actions, batch.params, batch.labels, *aggregates))
+            batch, clean = views(some, V - 1), None if only_agg else views.clean(some)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                z, a = model.encode(batch.views), model.embed(batch.actions)
+                z_clean = z[:, 0] if clean is None else model.encoder(clean)
+                aggregates = [model.aggregate(keep_z * z[:, :M], keep_a * a[:, :M - 1]) for keep_z, keep_a in kept for M in lengths]
+            row = (z_clean, z[:, :2], a, batch.actions, batch.params, batch.labels, *aggregates)
+            rows.append([column.cpu() for column in row])
     model.train(was_training)
-    columns = [torch.cat(column).cpu().unflatten(0, (samplings, N)) for column in zip(*rows)]
+    columns = [torch.cat(column).unflatten(0, (samplings, N)) for column in zip(*rows)]
     z_clean, z, a, actions, params = (column.float() for column in columns[:5])
-    z_agg = [dict(zip(lengths, columns[6 + i * len(lengths):])) for i in range(3)]
+    aggregates = [column.float() for column in columns[6:]]
+    z_agg = [dict(zip(lengths, aggregates[i * len(lengths):])) for i in range(3)]
     return Features(z_clean, z, a, actions, params, columns[5][0], *z_agg)
 
 

@@ -1,6 +1,6 @@
 """One page about a run, to send to a colleague: report.html with the table, the curves and every figure inside it.
 
-    write_report(run_dir)       reads config.json, probes.json and the run's *.png; no other file is needed to view it
+    write_report(run_dir, result)       the run's config.json and *.png, and what evaluate.py measured; nothing else is needed to view it
 """
 import base64
 import json
@@ -15,9 +15,8 @@ COLUMNS = ("probe", "predicts", "from", "head", "epochs", "unit", "value", "untr
 FIRST = ("views.png", "curves.png")             # the order in which a reader wants them; the rest by name
 
 
-def write_report(run_dir):
-    """Write run_dir/report.html and return its path."""
-    result = json.loads((run_dir / "probes.json").read_text())
+def write_report(run_dir, result):
+    """Write run_dir/report.html and return its path.  result: the content of probes.json."""
     config = json.loads((run_dir / "config.json").read_text())
     pictures = sorted(run_dir.glob("*.png"), key=lambda p: (FIRST.index(p.name) if p.name in FIRST else len(FIRST), p.name))
     page = [f"<!doctype html><meta charset='utf-8'><title>{escape(config['name'])}</title><style>{STYLE}</style>",

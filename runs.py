@@ -11,8 +11,6 @@ import csv
 import dataclasses
 import json
 import os
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ import torch
 from config import BadInput, Config
 
 FORMAT, VERSION = "seq-jepa checkpoint", 1
-MAY_CHANGE = {"resume", "device", "amp", "compile", "data_dir", "download", "out", "probe_every"}   # between a run and its --resume
+MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out", "probe_every"}   # between a run and its --resume
 
 
 def save_atomically(path, write):
@@ -38,10 +36,11 @@ def save_atomically(path, write):
 def open_run(config):
     """Check that the run may start: returns its checkpoint if --resume, else None. Nothing is written yet.
 
-    Raises: BadInput if the folder exists without --resume, or --resume finds another run's settings."""
+    A folder without a checkpoint, left by a run that died at once, may be used again.
+    Raises: BadInput if the run exists without --resume, or --resume finds another run's settings."""
     folder = config.run_dir
     if not config.resume:
-        if folder.exists():
+        if (folder / "last.pt").exists():
             raise BadInput(f"{folder}: this run exists already; continue it with --resume, choose another --name, or delete it")
         return None
     checkpoint = load_checkpoint(folder / "last.pt")
@@ -77,7 +76,7 @@ def load_checkpoint(path):
         raise BadInput(f"{path}: no checkpoint there; expected the last.pt of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except Exception as error:                  # what torch.load raises on a damaged or foreign file has no common type
         why = "contains more than tensors" if "Unsupported" in str(error) or "Weights only" in str(error) else "is damaged"
         raise BadInput(f"{path}: {why} and was not loaded; expected the last.pt of a run of this project") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:

@@ -39,18 +39,18 @@ def read_3diebench(config, split):
     digest = hashlib.sha256("\n".join(folders).encode()).hexdigest()
     source = dict(dataset="3diebench", part=name, objects=digest, limit=config.limit)
     latents = pack(cache_path(config, f"{name}-latents"), source, (LATENTS,), np.float32, root, folders,
-                   "latent_{}.npy", read_latent, f"packing {name} latents")      # first: they show faults sooner
+                   "latent_{}.npy", read_latent, f"packing {name} latents", config.workers)      # first: they show faults sooner
     source["size"] = size
     images = pack(cache_path(config, name), source, (3, size, size), np.uint8, root, folders,
-                  "image_{}.jpg", lambda file: decode(file, size), f"packing {name} objects")
+                  "image_{}.jpg", lambda file: decode(file, size), f"packing {name} objects", config.workers)
     rows = None if len(chosen) == total else chosen
     return [Part(images, name, rows, total)], labels[chosen], classes, source, latents
 
 
-def pack(path, key, shape, dtype, root, folders, pattern, read_file, what):
+def pack(path, key, shape, dtype, root, folders, pattern, read_file, what, workers):
     """Array (N, 50, *shape) of what `read_file` makes of the files `pattern` of each folder, kept at `path`."""
     def fill(array, start):
-        with ThreadPoolExecutor() as pool:                      # decoding releases the interpreter lock
+        with ThreadPoolExecutor(workers or None) as pool:              # decoding releases the interpreter lock
             for first in range(start, len(folders), OBJECTS_AT_ONCE):
                 after = min(first + OBJECTS_AT_ONCE, len(folders))
                 jobs = [(i, v) for i in range(first, after) for v in range(VIEWS)]

@@ -130,14 +130,17 @@ def train(config):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, meters = checkpoint["step"], Meters(device, checkpoint["meters"])
+    if config.epochs <= config.warmup_epochs:
+        print(f"note: --epochs {config.epochs} ends within --warmup-epochs {config.warmup_epochs}: the learning rate never decays")
     runs.create_run(config)
     runs.drop_metrics_after(config.run_dir / "metrics.csv", step)
+    stop = StopSignal()
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
     if config.compile or (config.compile is None and device.type == "cuda"):
         compile_or_warn(model, next_batch(views, config, step, epoch_steps), autocast)
 
     probe_views = config.probe_every and {split: build_views(config, split, device) for split in ("train", "val")}
-    stop, saved_at, clock = StopSignal(), time.monotonic(), Stopwatch()
+    saved_at, clock = time.monotonic(), Stopwatch()
     bar = tqdm(total=steps * images_per_step, initial=step * images_per_step, unit="img", unit_scale=True, desc=config.name)
     while step < steps and stop.number is None:
         batch = next_batch(views, config, step, epoch_steps)
@@ -218,11 +221,20 @@ def epoch_order(n, seed, epoch):
 
 def main(argv=None):
     """Exit status 0, 2 for bad input, 128 + signal if stopped."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))    # clean up while data is being prepared
     try:
         return train(settings.from_command_line(argv))
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        message = error
+    except torch.OutOfMemoryError:
+        message = "out of memory; lower --batch-size, --views or --image-size"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}; free or choose another --out or --data-dir" if error.filename else error
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing was changed", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_help_shows_the_values_of_the_chosen_preset(capsys):
     ("--dataset stl10 --mode rotation", "--mode rotation does not apply to --dataset stl10"),
     ("--epochs 0", "--epochs 0"), ("--batch-size 1", "--batch-size 1"), ("--width 0", "--width 0"),
     ("--ema 1.5", "--ema 1.5"), ("--lr 0", "--lr must be above 0"), ("--name a/b", "--name a/b: expected a plain folder name"),
-    ("--limit -1", "--limit -1"),
+    ("--limit -1", "--limit -1"), ("--seed -1", "--seed -1"), ("--lr nan", "--lr must be"), ("--hue-range 2", "--hue-range must be"),
 ])
 def test_impossible_settings_are_one_line_and_status_2(line, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

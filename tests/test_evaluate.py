@@ -58,6 +58,10 @@ def test_untrained_twin_has_initial_weights_and_settled_statistics(make_config, 
     twin = evaluate.settle_batchnorm(build_model(config, views.groups), views, 2)
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), twin.parameters()))
     assert not torch.equal(fresh.encoder.bn1.running_mean, twin.encoder.bn1.running_mean)
+    with torch.no_grad():                                   # the first layer sees what training will show it: its statistics are known
+        seen = fresh.encoder.conv1(views(torch.randint(len(views), (2000,)), 2).views[:, :2].flatten(0, 1))
+    torch.testing.assert_close(twin.encoder.bn1.running_mean, seen.mean((0, 2, 3)), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(twin.encoder.bn1.running_var, seen.var((0, 2, 3)), atol=0.05, rtol=0.05)
 
 
 def test_heads_and_epochs_are_the_paper_s():
@@ -86,6 +90,10 @@ def test_table_is_aligned_and_says_what_is_missing():
     (["--probe", "invariance"], "--probe invariance: does not apply to mode saccade"),
     (["--probe", "transfer"], "--probe transfer: stands alone and needs --dataset"),
     (["--probe", "transfer", "--dataset", "folder", "--patch-size", "90", "--image-size", "40"], "--patch-size 90 is larger"),
+    (["--image-size", "40"], "--image-size and --patch-size: only with --probe transfer"),
+    (["--probe", "transfer", "--dataset", "folder", "--figures", "--image-size", "40", "--patch-size", "8"], "--figures: shows the run's own data"),
+    (["--json", "nowhere/x.json"], "--json nowhere/x.json: its folder does not exist"),
+    (["--limit", "-5"], "--limit at least 0"),
     (["--views", "0"], "--views 0: M_val must be at least 1"),
     (["--samplings", "0"], "--samplings must be at least 1"),
     (["--data-dir", "nowhere"], "nowhere: not found"),
@@ -108,7 +116,7 @@ def test_transfer_probes_another_data_set(trained, photos, tmp_path):
         Image.new("RGB", (24, 24), (80 * (i % 3), i, 0)).save(tmp_path / "other" / f"class{i % 3}" / f"{i}.png")
     flags = ["--probe", "transfer", "--dataset", "folder", "--data-dir", str(tmp_path / "other"), "--image-size", "24", "--patch-size", "10"]
     assert evaluate.main([str(run / "last.pt"), *flags, "--views", "1", "3", "--probe-epochs", "2", "--samplings", "1"]) == 0
-    result = json.loads((run / "probes.json").read_text())
+    result = json.loads((run / "probes-transfer-folder.json").read_text())
     assert [r["probe"] for r in result["rows"]] == ["transfer"] * 2 and result["n_train"] + result["n_val"] == 30
 
 

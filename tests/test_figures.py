@@ -75,7 +75,6 @@ def test_report_is_one_file_with_table_figures_and_settings(tmp_path):
     figures.draw_path(rows(), tmp_path / "path.png")
     config = dict(name="a <b>", method="seq-jepa", dataset="folder", mode="saccade", condition="none", views=3, batch_size=8)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "probes.json").write_text(json.dumps(dict(step=7, n_train=5, n_val=2, samplings=1, rows=rows())))
-    page = write_report(tmp_path).read_text()
+    page = write_report(tmp_path, dict(step=7, n_train=5, n_val=2, samplings=1, rows=rows())).read_text()
     assert page.count("data:image/png;base64,") == 3 and page.count("<tr>") == 1 + len(rows()) and "a &lt;b&gt;" in page
     assert not re.search(r"""(src|href)=['"](?!data:)""", page)
