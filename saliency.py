@@ -118,6 +118,7 @@ def deepgaze(config, device):
 
 
 def centre_bias_file(config):
+    """Where MIT1003's centre bias is looked for."""
     return Path(config.data_dir) / "centerbias_mit1003.npy"
 
 

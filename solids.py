@@ -134,6 +134,7 @@ class Placed(NamedTuple):
 
 
 def place(solids: Solids, object_index: torch.Tensor, rotation: torch.Tensor) -> Placed:
+    """Objects (B,) turned by rotations (B, 3, 3) about the origin."""
     kind, centre, half, axes, ends = (x[object_index] for x in solids[1:6])
     axes, centre = rotation[:, None] @ axes, (rotation[:, None] @ centre[..., None])[..., 0]
     signs = torch.tensor([[x, y, z] for x in (-1.0, 1) for y in (-1, 1) for z in (-1, 1)], device=centre.device).T
@@ -273,6 +274,7 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def render_chunk(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor, size: int, camera) -> torch.Tensor:
+    """render() for a few views at once; camera: camera_rays(size, device)."""
     (eye, axes, rays), B, n = camera, len(latents), -(-size // TILE)
     placed = place(solids, object_index, rotation_matrix(latents[:, :3]))
     t, primitive = trace(eye, axes, rays, placed)
