@@ -109,7 +109,7 @@ class Config:
     ema: float = _flag(0.996, "tau at the first step; rises to 1 on a cosine")
     # The run
     workers: int = _flag(0, "threads that decode image files; 0 = one per core")
-    seed: int = _flag(0, "of everything: weights, order, views, splits")
+    seed: int = _flag(0, "of weights, order and views; splits are the same for every seed")
     quick: bool = _flag(False, "a laptop-sized run: smaller encoder, images and data, minutes on a CPU")
     device: str = _flag("auto", "auto | cpu | cuda | mps")
     amp: bool = _flag(True, "bfloat16 autocast, on CUDA")
