@@ -248,7 +248,7 @@ def test_mode_returns_the_views_of_apply_normalised_and_their_parameters(make_sp
 
 
 def test_an_action_depends_on_its_own_two_views_only(make_split, make_config):
-    """More views drawn after the second do not move the action between the first two (FACTS S4)."""
+    """More views drawn after the second do not move the action between the first two, as it does in the authors' code."""
     views, drawn = augmentations(make_split, make_config), []
     for M in (2, 3, 5):
         torch.manual_seed(1)

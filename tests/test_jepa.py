@@ -136,7 +136,7 @@ def test_noise_actions_do_not_repeat_and_ignore_the_action():
 
 
 def test_embedding_statistics_come_from_real_actions_only():
-    """FACTS S16: rows of zeros for "no action" must not enter the BatchNorm of M = 1."""
+    """Unlike in the authors' code: rows of zeros for "no action" must not enter the BatchNorm of M = 1."""
     embed = ActionEmbedding([0, 1], 8)
     a = embed(torch.randn(64, 1, 2))
     torch.testing.assert_close(a.flatten(0, 1).std(0, unbiased=False), torch.ones(8), atol=1e-2, rtol=0)

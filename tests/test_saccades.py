@@ -67,7 +67,7 @@ def test_ior_never_returns_into_an_earlier_square(kind, patch):
 
 
 def test_without_ior_it_does_return():
-    """Saliency off must not switch IoR off, nor the other way round (FACTS S15)."""
+    """Saliency off must not switch IoR off, nor the other way round, as it does in the authors' code."""
     fixations = sample_fixations(torch.ones(2000, 24, 24), 2, 8, ior=False)
     offset = fixations[:, 1] - fixations[:, 0] + 4
     share = ((offset >= 0) & (offset < 8)).all(1).float().mean()
@@ -110,7 +110,7 @@ def test_caller_s_map_is_not_modified():
 
 @pytest.mark.parametrize("patch", [8, 9])
 def test_marker_pixel_at_the_fixation_is_the_patch_centre(patch):
-    """Row is row, column is column (the authors' code crops at the transposed place, FACTS S1)."""
+    """Row is row, column is column (the authors' code crops at the transposed place)."""
     images = torch.zeros(2, 3, 20, 30, dtype=torch.uint8)
     fixations = torch.tensor([[[5, 21]], [[13, 7]]])
     images[0, :, 5, 21] = 255
