@@ -1,7 +1,7 @@
 """From a Config to the objects of a run. This is the only place where a mode or a method is chosen.
 
     views = build_views(config, "train", device)     index (B,), M  ->  Batch
-    model = build_model(config, views.groups)        views, actions ->  Output
+    model = build_model(config, views.groups)        Batch          ->  Output
 
 A mode is an object with
     __call__(index, M) -> Batch     sample M+1 views of each sample, on the device
@@ -16,14 +16,16 @@ import torch
 from aggregator import Aggregator
 from augmentations import Augmentations
 from config import BadInput
+from crops import Crops
 from datasets import load
-from encoder import ResNet18
+from dseq_jepa import VICREG_WEIGHT, Discriminative, MultiBlock, RegionJEPA
+from encoder import ResNet18, ViT
 from jepa import ActionEmbedding, SeqJEPA
-from predictor import Predictor
+from predictor import Predictor, RegionPredictor
 from rotations import Rotations
 from saccades import Saccades
 
-MODES = {"augment": Augmentations, "rotation": Rotations, "saccade": Saccades}
+MODES = {"augment": Augmentations, "rotation": Rotations, "saccade": Saccades, "regions": Crops}
 
 
 def build_views(config, split, device):
@@ -34,6 +36,11 @@ def build_views(config, split, device):
 def build_model(config, groups):
     """Untrained model; the same config gives the same weights.  groups: the mode's action columns."""
     seed_all(config.seed)
+    return METHODS[config.method](config, groups)
+
+
+def build_seq_jepa(config, groups):
+    """seq-JEPA: ResNet-18, action embedding, aggregator, MLP predictor."""
     encoder = ResNet18(width=config.width, stem=stem(config), z_norm=config.z_norm)
     embed = ActionEmbedding(conditioned(config.condition, groups), config.action_dim, config.action_embed)
     if (encoder.dim + embed.dim) % 4:
@@ -41,6 +48,20 @@ def build_model(config, groups):
     aggregator = Aggregator(dim=encoder.dim, action_dim=embed.dim, hidden=config.agg_hidden)
     predictor = Predictor(dim=encoder.dim, action_dim=embed.dim)
     return SeqJEPA(encoder, embed, aggregator, predictor, config.action_in)
+
+
+def build_region_jepa(config, groups):
+    """DSeq-JEPA and its relatives: ViT, narrow ViT as predictor, a plan of who predicts whom."""
+    encoder = ViT(config.encoder, image_size=config.image_size, patch_size=config.patch_size, cls=config.cls)
+    block = config.saliency_block or round(encoder.depth * 10 / 12)             # Sec. 3.2: block 10 of ViT-B's 12
+    predictor = RegionPredictor(dim=encoder.dim, width=config.predictor_width, depth=config.predictor_depth, grid=encoder.grid)
+    plan = Discriminative(N=config.region_count, source=config.regions, order=config.order, proxy=config.proxy,
+                          min_patches=config.min_patches) if "dseq" in config.method else MultiBlock()
+    return RegionJEPA(encoder, predictor, plan, block, vicreg=VICREG_WEIGHT if "c-jepa" in config.method else 0.0)
+
+
+METHODS = {"seq-jepa": build_seq_jepa, "dseq-jepa": build_region_jepa, "i-jepa": build_region_jepa, "c-jepa": build_region_jepa,
+           "dseq-c-jepa": build_region_jepa}
 
 
 def conditioned(condition, groups):

@@ -4,27 +4,34 @@ The flags of `train.py` are the fields of `Config`. A flag the user leaves out t
 value for the chosen data set and mode from `PRESETS`; `--quick` then shrinks the run to laptop size.
 `python train.py --dataset D --mode m --help` shows the values that would be used.
 
-Sections are those of the seq-JEPA paper.
+Sections are those of the seq-JEPA paper; in mode `regions`, those of the DSeq-JEPA paper, whose numbers lost from its text are
+I-JEPA's.
 """
 import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from encoder import VITS
+
 
 class BadInput(Exception):
     """Something the user can mend. `main` prints its one line and exits with status 2."""
 
 
-DATASETS = ("stl10", "cifar10", "cifar100", "tiny-imagenet", "3diebench", "imagenet", "folder", "solids")
+DATASETS = ("stl10", "cifar10", "cifar100", "tiny-imagenet", "3diebench", "imagenet", "folder", "solids", "clevr-count", "clevr-distance")
 
 # What each mode may condition on (--condition); the first is the default.  Sec. 2.3, A.1
 CONDITIONS = {
     "saccade": ("position", "none"),
     "rotation": ("rotation", "color", "rotation+color", "none"),
     "augment": ("all", "crop", "jitter", "blur", "none"),
+    "regions": ("none",),
 }
-METHODS = ("seq-jepa",)
+# What each mode can train (--method); the first is the default.
+REGION_METHODS = ("dseq-jepa", "i-jepa", "c-jepa", "dseq-c-jepa")
+METHODS = dict.fromkeys(("saccade", "rotation", "augment"), ("seq-jepa",)) | {"regions": REGION_METHODS}
+ENCODERS = {"seq-jepa": ("resnet18",)} | dict.fromkeys(REGION_METHODS, tuple(VITS))
 DEFAULT_EPOCHS, EPOCHS_3DIEBENCH = 2000, 1000                                  # Sec. 4.2
 
 # (data set, mode) -> what differs from the defaults of Config.  The README prints this table.
@@ -46,7 +53,22 @@ PRESETS = {
     ("imagenet", "augment"): dict(image_size=224, views=2),
     ("folder", "augment"): dict(image_size=64, views=2),                        # as Tiny ImageNet
     ("solids", "augment"): dict(image_size=64, views=2),
+    ("imagenet", "regions"): dict(image_size=224, patch_size=16, encoder="vit-base"),                    # 0.A.1.2
+    ("folder", "regions"): dict(image_size=224, patch_size=16, encoder="vit-base"),
+    ("stl10", "regions"): dict(image_size=96, patch_size=8, encoder="vit-small", min_patches=7),         # ours: 10 of 196 patches, scaled
+    ("tiny-imagenet", "regions"): dict(image_size=64, patch_size=8, encoder="vit-small", min_patches=3),
+    ("cifar10", "regions"): dict(image_size=32, patch_size=4, encoder="vit-small", min_patches=3),
+    ("cifar100", "regions"): dict(image_size=32, patch_size=4, encoder="vit-small", min_patches=3),
+    ("solids", "regions"): dict(image_size=64, patch_size=8, encoder="vit-small", min_patches=3),
+    ("3diebench", "regions"): dict(image_size=128, patch_size=8, encoder="vit-small", min_patches=13),
+    ("clevr-count", "regions"): dict(image_size=224, patch_size=16, encoder="vit-base"),
+    ("clevr-distance", "regions"): dict(image_size=224, patch_size=16, encoder="vit-base"),
 }
+# Mode `regions` in general.  0.A.1.2; what is lost there is I-JEPA's
+REGIONS = dict(method="dseq-jepa", epochs=600, batch_size=2048, lr=1e-3, lr_start=2e-4, lr_end=1e-6, warmup_epochs=15, weight_decay=0.04,
+               weight_decay_end=0.4, ema=0.996, ema_shape="linear")
+# The predictor's width and blocks for each encoder.  0.A.1.1: as I-JEPA; half as wide as the two small ones
+PREDICTORS = {"vit-nano": (64, 3), "vit-tiny": (96, 6), "vit-small": (192, 6), "vit-base": (384, 6), "vit-large": (384, 12), "vit-huge": (384, 12)}
 
 # --quick: minutes on two CPU cores.  Chosen by measurement, see results/README.md.
 QUICK = dict(width=16, stem="strided", batch_size=64, lr=1e-3, warmup_epochs=1, ema=0.99, z_norm=True, action_dim=32, agg_hidden=512,
@@ -55,12 +77,14 @@ QUICK_MODE = {
     "saccade": dict(image_size=48, patch_size=16, epochs=8),
     "rotation": dict(image_size=48, stem="imagenet", epochs=36),
     "augment": dict(image_size=32, epochs=4),
+    "regions": dict(image_size=64, patch_size=8, encoder="vit-nano", min_patches=3, epochs=8, warmup_epochs=1, lr_start=1e-4, lr_end=1e-5),
 }
 # Embedded solids: fewer renders, and less that varies between them than in 3DIEBench, so that minutes suffice to learn something.
 QUICK_SOLIDS = {
     "saccade": dict(limit=4000, object_views=2, rotation_range=0.4, hue_range=0.0, patch_size=24),
     "rotation": dict(limit=2400, object_views=8, rotation_range=0.7853982, hue_range=0.2),
     "augment": dict(limit=4000, object_views=2, rotation_range=0.4),
+    "regions": dict(limit=4000, object_views=2),
 }
 
 
@@ -78,7 +102,7 @@ class Config:
     views: int = _flag(4, "M, observed views of a training sequence; view M+1 is predicted", flag_metavar="M")
     data_dir: str = _flag("data", "where the data is, or is put", flag_metavar="DIR")
     image_size: int = _flag(96, "side of the stored image, pixels")
-    patch_size: int = _flag(32, "side of a foveal patch, pixels (saccade)")
+    patch_size: int = _flag(32, "side of a foveal patch (saccade) or of a ViT's patch (regions), pixels")
     saliency: str = _flag("signature", "signature | uniform | deepgaze | a folder of saliency_SPLIT.npy (saccade)")
     ior: bool = _flag(True, "inhibition of return (saccade)")
     rotation_range: float = _flag(1.5707964, "largest rotation angle of the embedded solids, radians")
@@ -87,8 +111,8 @@ class Config:
     limit: int = _flag(0, "use N images or objects of each split, a seeded class-balanced choice; 0 = all", flag_metavar="N")
     download: bool = _flag(True, "fetch STL-10 and CIFAR when absent")
     # The model, Sec. 4.2 and A.3
-    method: str = _flag("seq-jepa", "what is trained", choices=METHODS)
-    encoder: str = _flag("resnet18", "f_theta", choices=("resnet18",))
+    method: str = _flag("seq-jepa", "what is trained", choices=("seq-jepa", *REGION_METHODS))
+    encoder: str = _flag("resnet18", "f_theta: resnet18, in mode regions a vit", choices=("resnet18", *ENCODERS["dseq-jepa"]))
     width: int = _flag(64, "channels of the ResNet's first stage; z has 8 times as many")
     stem: str = _flag("auto", "cifar: 3x3; imagenet: 7x7 and pooling; strided: 3x3 with stride 2; auto: cifar up to 48 px, else imagenet",
                       choices=("auto", "cifar", "imagenet", "strided"))
@@ -99,14 +123,30 @@ class Config:
                            choices=("both", "predictor", "aggregator", "none"))
     action_embed: str = _flag("linear", "linear: learned; raw: the numbers themselves; noise: random numbers (Table 4)",
                               choices=("linear", "raw", "noise"))
+    # DSeq-JEPA, Secs. 3.2, 0.A.1 (mode regions)
+    regions: str = _flag("otsu-refill", "otsu: the paper's rule; otsu-refill: threshold what is left again until there are enough; "
+                         "random: blocks (Table 4)", choices=("otsu", "otsu-refill", "random"))
+    region_count: int = _flag(5, "N, regions of an image, the rest included (Table 9)")
+    order: str = _flag("discriminative", "in which regions are predicted (Table 5)",
+                       choices=("discriminative", "random", "spatial", "truncated", "flat"))
+    min_patches: int = _flag(10, "smaller regions are dropped")
+    proxy: str = _flag("cls", "where saliency comes from: cls, similarity to [CLS]; grad-cam (Eq. 8)", choices=("cls", "grad-cam"))
+    saliency_block: int = _flag(0, "l, the block whose tokens give the saliency, from 1 up; 0 = 10 of 12, scaled to the encoder's depth")
+    cls: bool = _flag(True, "a [CLS] token (Table 6)")
+    predictor_width: int = _flag(0, "width of the region predictor; 0 = as I-JEPA for this encoder")
+    predictor_depth: int = _flag(0, "its blocks; 0 = as I-JEPA for this encoder")
+    crop_scale: float = _flag(0.3, "least area of a random resized crop, as a share of the image")
     # Optimisation, Sec. 4.2
     epochs: int = _flag(DEFAULT_EPOCHS, "passes over the data")
     batch_size: int = _flag(512, "sequences per step")
     lr: float = _flag(4e-4, "peak learning rate")
-    lr_end: float = _flag(1e-5, "learning rate at the first and at the last step")
+    lr_start: float = _flag(1e-5, "learning rate at the first step")
+    lr_end: float = _flag(1e-5, "learning rate at the last step")
     weight_decay: float = _flag(1e-3, "AdamW; none on biases and norms")
+    weight_decay_end: float = _flag(-1.0, "weight decay at the last step, on a cosine; -1 = constant")
     warmup_epochs: int = _flag(20, "linear warm-up")
-    ema: float = _flag(0.996, "tau at the first step; rises to 1 on a cosine")
+    ema: float = _flag(0.996, "tau at the first step; rises to 1")
+    ema_shape: str = _flag("cosine", "how it rises", choices=("cosine", "linear"))
     # The run
     workers: int = _flag(0, "threads that decode image files; 0 = one per core")
     seed: int = _flag(0, "of weights, order and views; splits are the same for every seed")
@@ -125,6 +165,11 @@ class Config:
         return self.patch_size if self.mode == "saccade" else self.image_size
 
     @property
+    def views_per_sample(self):
+        """Images that the encoders see per sample."""
+        return 1 if self.mode == "regions" else self.views + 1
+
+    @property
     def run_dir(self):
         return Path(self.out) / self.name
 
@@ -134,7 +179,7 @@ def preset(dataset, mode, quick=False):
     if (dataset, mode) not in PRESETS:
         known = sorted({m for d, m in PRESETS if d == dataset})
         raise BadInput(f"--mode {mode} does not apply to --dataset {dataset}; choose {' or '.join(known)}")
-    values = dict(dataset=dataset, mode=mode, condition=CONDITIONS[mode][0], **PRESETS[dataset, mode])
+    values = dict(dataset=dataset, mode=mode, condition=CONDITIONS[mode][0]) | (REGIONS if mode == "regions" else {}) | PRESETS[dataset, mode]
     if quick:
         values |= QUICK | QUICK_MODE[mode] | (QUICK_SOLIDS[mode] if dataset == "solids" else {}) | dict(quick=True)
     return values
@@ -142,7 +187,7 @@ def preset(dataset, mode, quick=False):
 
 def parser(defaults):
     """One flag a field: `--image-size N`; booleans get `--x` and `--no-x`."""
-    p = argparse.ArgumentParser(prog="train.py", description="Pre-train a seq-JEPA world model.",
+    p = argparse.ArgumentParser(prog="train.py", description="Pre-train a seq-JEPA or DSeq-JEPA world model.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Config):
         meta, flag = field.metadata, "--" + field.name.replace("_", "-")
@@ -175,8 +220,14 @@ def check(config):
     c = config
     if c.condition not in CONDITIONS[c.mode]:
         raise BadInput(f"--condition {c.condition}: mode {c.mode} offers {', '.join(CONDITIONS[c.mode])}")
+    if c.method not in METHODS[c.mode]:
+        raise BadInput(f"--method {c.method}: mode {c.mode} offers {', '.join(METHODS[c.mode])}")
+    if c.encoder not in ENCODERS[c.method]:
+        raise BadInput(f"--encoder {c.encoder}: method {c.method} offers {', '.join(ENCODERS[c.method])}")
+    if c.mode == "regions":
+        c = check_regions(c)
     at_least = dict(views=1, image_size=8, patch_size=4, width=1, action_dim=1, agg_hidden=1, epochs=1, batch_size=2, object_views=1,
-                    limit=0, warmup_epochs=0, probe_every=0, seed=0, workers=0)
+                    limit=0, warmup_epochs=0, probe_every=0, seed=0, workers=0, min_patches=1)
     for field, low in at_least.items():
         if getattr(c, field) < low:
             raise BadInput(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least {low}")
@@ -191,10 +242,34 @@ def check(config):
         raise BadInput("--hue-range must be from 0 to 1, --rotation-range from 0 to pi (the embedded solids)")
     if not 0 <= c.ema <= 1:
         raise BadInput(f"--ema {c.ema}: expected a number from 0 to 1")
-    if not (0 < c.lr < 1e3 and 0 <= c.lr_end < 1e3 and 0 <= c.weight_decay < 1e3):        # refuses nan too
-        raise BadInput("--lr must be above 0, --lr-end and --weight-decay at least 0")
+    if not (0 < c.lr < 1e3 and 0 <= c.lr_start < 1e3 and 0 <= c.lr_end < 1e3 and 0 <= c.weight_decay < 1e3):        # refuses nan too
+        raise BadInput("--lr must be above 0, --lr-start, --lr-end and --weight-decay at least 0")
     if c.name and Path(c.name).name != c.name:
         raise BadInput(f"--name {c.name}: expected a plain folder name; use --out for the folder it goes in")
     quick = "quick-" if c.quick else ""
     suffix = "" if c.condition == CONDITIONS[c.mode][0] else f"-{c.condition}"
+    suffix += "" if c.method == METHODS[c.mode][0] else f"-{c.method}"
     return dataclasses.replace(c, name=c.name or f"{quick}{c.dataset}-{c.mode}{suffix}")
+
+
+def check_regions(c):
+    """The settings of mode `regions`: refuses impossible ones, fills in the predictor's size."""
+    if c.image_size % c.patch_size or c.patch_size > c.image_size or c.patch_size < 1:
+        raise BadInput(f"--image-size {c.image_size}: not a multiple of --patch-size {c.patch_size}; change one of them")
+    if c.image_size // c.patch_size < 4:
+        raise BadInput(f"--patch-size {c.patch_size}: gives {c.image_size // c.patch_size} patches a side, at least 4 are needed for regions; "
+                       "lower it or raise --image-size")
+    if c.region_count < 2:
+        raise BadInput(f"--region-count {c.region_count}: at least 2, one to see and one to predict")
+    depth = VITS[c.encoder][1]
+    if not 0 <= c.saliency_block <= depth:
+        raise BadInput(f"--saliency-block {c.saliency_block}: {c.encoder} has blocks 1 to {depth}; 0 = the default")
+    if "dseq" in c.method and not c.cls and c.proxy == "cls" and c.regions != "random":
+        raise BadInput("--no-cls: regions come from [CLS]; add --proxy grad-cam or --regions random")
+    if not 0 < c.crop_scale <= 1:
+        raise BadInput(f"--crop-scale {c.crop_scale}: expected a share of the image, above 0 and at most 1")
+    width, depth = PREDICTORS[c.encoder]
+    c = dataclasses.replace(c, predictor_width=c.predictor_width or width, predictor_depth=c.predictor_depth or depth)
+    if c.predictor_width % 32 or min(c.predictor_width, c.predictor_depth) < 1:
+        raise BadInput(f"--predictor-width {c.predictor_width}: expected a multiple of 32, and --predictor-depth at least 1")
+    return c

@@ -21,6 +21,8 @@ from torchvision.transforms.v2 import functional as TF
 import shapes
 import solids
 from cache import cache_path, cached
+from clevr import CLASSES as CLEVR_CLASSES
+from clevr import clevr_files
 from config import BadInput
 from images import SPLIT_SEED, Part, Split, choose, decode
 from threediebench import read_3diebench
@@ -32,7 +34,7 @@ STATISTICS = {
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2241, 0.2215, 0.2239)),
     "cifar10": CIFAR_STATISTICS, "cifar100": CIFAR_STATISTICS, "tiny-imagenet": CIFAR_STATISTICS,
     "3diebench": ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969)),
-    "imagenet": IMAGENET_STATISTICS, "folder": IMAGENET_STATISTICS,
+    "imagenet": IMAGENET_STATISTICS, "folder": IMAGENET_STATISTICS, "clevr-count": IMAGENET_STATISTICS, "clevr-distance": IMAGENET_STATISTICS,
     "solids": ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
 }
 
@@ -156,6 +158,13 @@ def read_tiny_imagenet(config, split):
     return decoded(files, np.array([index[n] for n in names]), classes, config, "val" if split == "val" else "train")
 
 
+def read_clevr(config, split):
+    """CLEVR's images with one of its two labellings; `val` is its validation split."""
+    name = "val" if split == "val" else "train"
+    files, labels = clevr_files(config.data_dir, config.dataset, name)
+    return decoded(files, labels, CLEVR_CLASSES[config.dataset], config, name)
+
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 
 
@@ -228,8 +237,6 @@ def read_solids(config, split):
     return [Part(images, part, None, count)], labels.numpy(), list(solids.CLASSES), dict(source, shape=images.shape), latents.numpy()
 
 
-# ---------------------------------------------------------------- 3DIEBench
-
 # ---------------------------------------------------------------- shared by the readers
 
 def _require(path, hint):
@@ -276,6 +283,7 @@ def _class_of(file, root):
 READERS = {
     "stl10": read_stl10, "cifar10": read_cifar, "cifar100": read_cifar, "tiny-imagenet": read_tiny_imagenet,
     "imagenet": read_folder, "folder": read_folder, "solids": read_solids, "3diebench": read_3diebench,
+    "clevr-count": read_clevr, "clevr-distance": read_clevr,
 }
 
 

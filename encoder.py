@@ -1,17 +1,22 @@
-"""Encoder f_theta (seq-JEPA Secs. 2.2, 4.2): a ResNet-18 that turns a view into a vector.
+"""Encoders f_theta: a ResNet-18 that turns a view into a vector, a ViT that turns an image into tokens.
 
-    x (B, 3, H, W), any H and W  ->  z (B, D),  D = 8 * width = 512
+    ResNet18   x (B, 3, H, W), any H and W  ->  z (B, D),  D = 8 * width = 512      seq-JEPA Secs. 2.2, 4.2
+    ViT        x (B, 3, H, W)  ->  (B, C+P, D): C [CLS] tokens (1 or 0), P patches  DSeq-JEPA Sec. 3.1, 0.A.1.1
+                               or packed (T, D): only the tokens of a Layout (attention.py)
 
-No projector follows: z itself is what is predicted and probed. Parameters are named as in
+No projector follows: z itself is what is predicted and probed. Parameters of the ResNet are named as in
 torchvision, so `encoder.pt` of a full-width run with the standard stem loads into
-`torchvision.models.resnet18` whose `fc` is an Identity.
+`torchvision.models.resnet18` whose `fc` is an Identity; those of the ViT as in timm.
 
 Not in the paper's text but in the authors' code: the last BatchNorm of every residual branch starts
 at zero, so each block starts as the identity. Ours, off by default: `z_norm` (see ResNet18).
-Checked in tests/test_encoder.py against torchvision's ResNet-18, weight by weight.
+Checked in tests/test_encoder.py against torchvision's ResNet-18 and ViT, weight by weight.
 """
+import torch
 import torch.nn.functional as F
 from torch import nn
+
+from attention import TransformerBlock, initialise, sincos_positions
 
 
 class Block(nn.Module):
@@ -67,3 +72,61 @@ class ResNet18(nn.Module):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.norm(x.mean((2, 3)).float())       # fp32 from here on: z enters a cosine and a BatchNorm
+
+
+VITS = {            # D, blocks, heads;  nano is ours, for laptops
+    "vit-nano": (128, 6, 4), "vit-tiny": (192, 12, 3), "vit-small": (384, 12, 6), "vit-base": (768, 12, 12),
+    "vit-large": (1024, 24, 16), "vit-huge": (1280, 32, 16),
+}
+
+
+class ViT(nn.Module):
+    """Vision transformer with fixed sin-cos positions (0.A.1.1).
+
+    name: a key of VITS.  image_size, patch_size: pixels; the first a multiple of the second.
+    cls: whether [CLS] stands before the patches. It has no position of its own."""
+
+    def __init__(self, name, *, image_size, patch_size, cls=True):
+        super().__init__()
+        self.dim, self.depth, heads = VITS[name]
+        self.grid = (image_size // patch_size, image_size // patch_size)
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.proj = nn.Conv2d(3, self.dim, patch_size, patch_size)
+        self.register_buffer("positions", sincos_positions(self.dim, *self.grid), persistent=False)
+        self.cls_token = nn.Parameter(torch.zeros(self.dim)) if cls else None
+        self.blocks = nn.ModuleList(TransformerBlock(self.dim, heads) for _ in range(self.depth))
+        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        initialise(self)
+        if cls:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def tokens(self, x, copies=1):
+        """What enters the first block: (B, copies + P, D), with as many [CLS] tokens as `copies` says."""
+        patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions
+        if self.cls_token is None:
+            return patches
+        return torch.cat([self.cls_token.expand(len(x), copies, -1).to(patches.dtype), patches], dim=1)
+
+    def forward(self, x, layout=None, copies=1, keep=()):
+        """[*outputs of the blocks numbered `keep`, from 1 up and in order; output after the last LayerNorm], each (B, C+P, D).
+
+        layout: use only its tokens, each seeing what the layout lets it see; outputs are then packed, (T, D)."""
+        x, outputs = self.tokens(x, copies), []
+        if layout is not None:
+            x = x.flatten(0, 1).index_select(0, layout.order)
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, layout)
+            if number in keep:
+                outputs.append(x)
+        return [*outputs, self.norm(x)]
+
+
+def load_pretrained(vit, state):
+    """Fill `vit` from the state dict of a timm-style or I-JEPA-style ViT of the same shape, in place.
+
+    Prefixes ("module.", "encoder.", ...) are dropped, as are heads; positions are ours, the same fixed ones.
+    [CLS] may be missing from `state`. Raises: KeyError if any other weight is."""
+    ours = vit.state_dict()
+    prefix = next(k for k in state if k.endswith("patch_embed.proj.weight")).removesuffix("patch_embed.proj.weight")
+    found = {k: state[prefix + k].reshape(v.shape) for k, v in ours.items() if k != "cls_token" or prefix + k in state}
+    vit.load_state_dict({**ours, **found})

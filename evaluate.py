@@ -4,6 +4,9 @@
     python evaluate.py runs/NAME/last.pt --views 1 3 5         other inference lengths M_val
     python evaluate.py runs/NAME/last.pt --probe action path --figures
     python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR       (B.6)
+    python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset folder --data-dir CUB   a ViT on other data
+
+The probes of mode `regions` are in evaluate_regions.py.
 
 Prints a table, each number beside the same probe on a randomly initialised model of the same shape, and
 beside the paper's where there is one; writes it to runs/NAME/probes.json. Heads train on features that
@@ -23,7 +26,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import config as settings
+import evaluate_regions
 import figures
+import figures_regions
 from build import build_model, build_views, pick_device, seed_all
 from config import BadInput
 from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
@@ -69,23 +74,16 @@ PAPER = {
 
 def probe_classify(train, val, setup):
     """Top-1 of a linear classifier on z and on z_agg for every M_val (Tables 1-3, 6)."""
-    for name, x, x_val in classified(train, val):
+    for (name, x), (_, x_val) in zip(train.named(), val.named()):
         head, epochs = fit_head("linear classifier", x, train.labels, len(setup.views["val"].classes), F.cross_entropy, setup)
         yield row("classify", "class", name, "linear classifier", epochs, "top-1 %", accuracy(head, x_val, val.labels))
 
 
 def probe_knn(train, val, setup):
     """Top-1 of 20 nearest neighbours on the same features: nothing is trained."""
-    for name, x, x_val in classified(train, val):
+    for (name, x), (_, x_val) in zip(train.named(), val.named()):
         value = knn_accuracy(x[0], train.labels, x_val[0], val.labels)
         yield row("knn", "class", name, "k-NN, k 20, T 0.07", 0, "top-1 %", value)
-
-
-def classified(train, val):
-    """(name, train features, val features) of everything that a class is read from."""
-    yield "z", train.z_clean, val.z_clean
-    for M in train.z_agg:
-        yield f"z_agg M={M}", train.z_agg[M], val.z_agg[M]
 
 
 def probe_action(train, val, setup):
@@ -148,7 +146,7 @@ def probe_transfer(train, val, setup):
         head, epochs = fit_head("linear classifier", train.z_agg[M], train.labels, len(setup.views["val"].classes), F.cross_entropy, setup)
         cost = multiply_adds(setup.model, setup.views["val"], M) / 1e9
         yield row("transfer", "class", f"z_agg M={M}, {cost:.2f}e9 MAC an image", "linear classifier", epochs, "top-1 %",
-                  accuracy(head, val.z_agg[M], val.labels))
+                  accuracy(head, val.z_agg[M], val.labels)) | dict(gmac=cost, patch_size=setup.views["val"].patch_size)
 
 
 def multiply_adds(model, views, M):
@@ -163,9 +161,12 @@ def multiply_adds(model, views, M):
 
 PROBES = {"classify": probe_classify, "knn": probe_knn, "action": probe_action, "parameters": probe_parameters,
           "path": probe_path, "invariance": probe_invariance, "retrieval": probe_retrieval,
-          "transfer": probe_transfer}
+          "transfer": probe_transfer, "linear": evaluate_regions.probe_linear, "cls": evaluate_regions.probe_cls,
+          "finetune": evaluate_regions.probe_finetune}
 APPLIES = {"saccade": ("classify", "knn", "action", "parameters", "path"),
-           "rotation": ("classify", "knn", "action", "parameters", "path", "invariance", "retrieval"), "augment": ("classify", "knn", "action", "parameters")}
+           "rotation": ("classify", "knn", "action", "parameters", "path", "invariance", "retrieval"), "augment": ("classify", "knn", "action", "parameters"),
+           "regions": ("linear", "knn", "cls")}
+ON_REQUEST = {"saccade": ("transfer",), "regions": ("finetune",)}               # probes that are run only if asked for
 
 
 def regression(probe, predicts, features, x, y, setup):
@@ -192,29 +193,42 @@ def row(probe, predicts, features, head, epochs, unit, value):
 # ---------------------------------------------------------------- the two models, the table
 
 def settle_batchnorm(model, views, M):
-    """Give an untrained model the BatchNorm statistics of its own activations; no weight moves.
+    """Give an untrained model the BatchNorm statistics of its own activations, if it has any BatchNorm; no weight moves.
 
     Without this the comparison would flatter training: an untrained encoder under eval() is not normalised at all."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return model
     model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None                         # a plain average over the batches, without a trace of the initial values
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None                             # a plain average over the batches, without a trace of the initial values
     with torch.no_grad():
         for i in range(SETTLE_BATCHES):
             seed_all(i)
             batch = views(torch.randint(len(views), (256,)), M)
-            model(batch.views, batch.actions)
+            model(batch)
     return model
+
+
+def measure_views(model, setup):
+    """Features of both splits for the modes whose samples are sequences of views."""
+    return [extract(model, setup.views[split], setup.lengths, setup.device, samplings=samplings, seed=setup.seed + i,
+                    only_agg=setup.probes == ["transfer"], amp=setup.amp, what=f"{split} features")
+            for i, (split, samplings) in enumerate((("train", setup.samplings), ("val", 1)))]
+
+
+# What a mode measures, draws and looks at while it trains.
+MEASURE = dict.fromkeys(("saccade", "rotation", "augment"), measure_views) | {"regions": evaluate_regions.measure_features}
+DRAW = dict.fromkeys(("saccade", "rotation", "augment"), figures.draw_all) | {"regions": figures_regions.draw_all}
 
 
 def measure(model, setup):
     """All rows of one model."""
     if setup.compile:
-        model.encoder.compile()
-    train, val = (extract(model, setup.views[split], setup.lengths, setup.device, samplings=samplings, seed=setup.seed + i,
-                          only_agg=setup.probes == ["transfer"], amp=setup.amp, what=f"{split} features") for i, (split, samplings) in enumerate((("train", setup.samplings), ("val", 1))))
-    setup.model = model                                    # for the one probe that needs the predictor
+        model.representation.compile()
+    train, val = MEASURE[setup.mode](model, setup)
+    setup.model = model                                    # for the few probes that need more than features
     return [r for probe in setup.probes for r in PROBES[probe](train, val, setup)]
 
 
@@ -223,34 +237,39 @@ def evaluate(options):
     started, run_dir = time.monotonic(), Path(options.checkpoint).parent
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise BadInput(f"--json {options.json}: its folder does not exist; make it first")
+    if options.json and Path(options.json).is_dir():
+        raise BadInput(f"--json {options.json}: is a folder; name a file in it")
     checkpoint = load_checkpoint(options.checkpoint)
     changes = {k: v for k in ("data_dir", "limit") if (v := getattr(options, k)) is not None}
+    if options.data_dir and not options.dataset:
+        changes["download"] = False                        # where the run's data moved to: a wrong folder is to be said, not filled
     config, device = config_of(checkpoint, **changes), pick_device(options.device)
     probes, data = choose_probes(options, config)
-    lengths = sorted({*(options.views or LENGTHS[config.mode]), *([config.views] if "invariance" in probes else [])})
+    lengths = sorted({*(options.views or LENGTHS.get(config.mode, (1,))), *([config.views] if "invariance" in probes else [])})
+    settings.check(dataclasses.replace(config, views=lengths[-1]))       # before data is rendered: has an object so many views?
     views = {split: build_views(data, split, device) for split in ("train", "val")}
-    setup = SimpleNamespace(amp=options.amp and device.type == "cuda", views=views, lengths=lengths, device=device, seed=config.seed, probes=probes, quick=config.quick,
-                            samplings=options.samplings, probe_epochs=options.probe_epochs, M_train=config.views, compile=options.compile)
+    setup = SimpleNamespace(mode=config.mode, amp=options.amp and device.type == "cuda", views=views, lengths=lengths, device=device, seed=config.seed,
+                            probes=probes, quick=config.quick, samplings=options.samplings, probe_epochs=options.probe_epochs, M_train=config.views,
+                            compile=options.compile, row=row)
 
     model = build_model(config, views["val"].groups)
     model.load_state_dict(checkpoint["model"])
     rows = measure(model.to(device), setup)
     untrained = settle_batchnorm(build_model(config, views["val"].groups).to(device), views["train"], config.views)
-    as_published = not config.quick and config.ior and config.saliency != "uniform" and (config.action_in, config.action_embed) == ("both", "linear")
-    paper = PAPER.get((config.dataset, config.mode, config.condition, config.views), {}) if as_published else {}
+    paper = paper_numbers(data)
     for r, other in zip(rows, measure(untrained, setup)):
         r["untrained"], r["paper"] = other["value"], paper.get((r["probe"], r["predicts"], r["from"]))
 
     print(table(rows))
-    print(f"{len(views['train']):,} training and {len(views['val']):,} validation samples; {options.samplings} view samplings of a "
-          f"training sample; {time.monotonic() - started:.0f} s on {device}")
+    print(f"{len(views['train']):,} training and {len(views['val']):,} validation samples of {len(views['val'].classes):,} classes; "
+          f"{options.samplings} view samplings of a training sample; {time.monotonic() - started:.0f} s on {device}")
     result = dict(checkpoint=str(options.checkpoint), step=checkpoint["step"], config=checkpoint["config"], device=str(device),
-                  n_train=len(views["train"]), n_val=len(views["val"]), samplings=options.samplings,
-                  seconds=round(time.monotonic() - started, 1), rows=rows)
+                  dataset=data.dataset, classes=len(views["val"].classes), n_train=len(views["train"]), n_val=len(views["val"]),
+                  samplings=options.samplings, seconds=round(time.monotonic() - started, 1), rows=rows)
     name = "-".join(["probes", *(options.probe or []), *([options.dataset] if options.dataset else [])])    # a part does not replace the whole
     save_atomically(Path(options.json or run_dir / f"{name}.json"), lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     if options.figures:
-        for figure in figures.draw_all(model, views["val"], config, rows, run_dir):
+        for figure in DRAW[config.mode](model, views["val"], config, rows, run_dir):
             print(f"drew {figure}")
         print(f"wrote {write_report(run_dir, result)}")
     return 0
@@ -260,37 +279,61 @@ ONLINE_LIMIT = 2000             # samples of each split that an online probe loo
 
 
 def online(model, views, config, device, due=True):
-    """Cheap probes during training (--probe-every), on the encoder as it is: k-NN on z and z_agg, linear action R^2.
+    """Cheap probes during training (--probe-every), on the encoder as it is: k-NN, and R^2 of the action where there is one.
 
     views: {"train", "val"} samplers.  Not the paper's protocol: fewer samples, shorter heads. NaN unless due."""
+    look, columns = ONLINE[config.mode]
     if not due:
-        return dict.fromkeys(("knn_z", "knn_z_agg", "action_r2"), float("nan"))
-    M = config.views
+        return dict.fromkeys(columns, float("nan"))
     some = {split: torch.linspace(0, len(v) - 1, min(ONLINE_LIMIT, len(v))).long() for split, v in views.items()}
+    return dict(zip(columns, look(model, views, config, device, some)))
+
+
+def online_views(model, views, config, device, some):
+    """k-NN top-1 of z, of z_agg, linear R^2 of the action."""
+    M = config.views
     train, val = (extract(model, views[split], [M], device, seed=config.seed, index=some[split]) for split in ("train", "val"))
     name, columns = next(iter(views["val"].groups.items()))
     x, y = zip(*((f.z[:, :, :2].flatten(2), f.actions[:, :, 0, columns]) for f in (train, val)))
     setup = SimpleNamespace(probe_epochs=50, quick=False, seed=config.seed, device=device)
-    return dict(knn_z=knn_accuracy(train.z_clean[0], train.labels, val.z_clean[0], val.labels),
-                knn_z_agg=knn_accuracy(train.z_agg[M][0], train.labels, val.z_agg[M][0], val.labels),
-                action_r2=regression("action", name, "z_1, z_2", x, y, setup)["value"])
+    return (knn_accuracy(train.z_clean[0], train.labels, val.z_clean[0], val.labels),
+            knn_accuracy(train.z_agg[M][0], train.labels, val.z_agg[M][0], val.labels),
+            regression("action", name, "z_1, z_2", x, y, setup)["value"])
+
+
+ONLINE = dict.fromkeys(("saccade", "rotation", "augment"), (online_views, ("knn_z", "knn_z_agg", "action_r2")))
+ONLINE["regions"] = evaluate_regions.online_regions, ("knn_patches", "knn_cls")
+
+
+def paper_numbers(config):
+    """{(probe, predicts, from): value} if the run has the settings of a row of the papers' tables."""
+    if config.quick:
+        return {}
+    if config.mode == "regions":
+        return evaluate_regions.paper_numbers(config)
+    as_published = config.ior and config.saliency != "uniform" and (config.action_in, config.action_embed) == ("both", "linear")
+    return PAPER.get((config.dataset, config.mode, config.condition, config.views), {}) if as_published else {}
 
 
 def choose_probes(options, config):
     """Which probes to run, and the Config of the data they run on: the run's own, or for `transfer` another's."""
-    offered = (*APPLIES[config.mode], *(["transfer"] if config.mode == "saccade" else []))
-    probes = options.probe or (["transfer"] if options.dataset else APPLIES[config.mode])
-    probes = list(probes)
+    offered = (*APPLIES[config.mode], *ON_REQUEST.get(config.mode, ()))
+    own_table = config.mode == "regions" or not options.dataset                      # a ViT's probes work on any images
+    probes = list(options.probe or (APPLIES[config.mode] if own_table else ["transfer"]))
     for probe in set(probes) - set(offered):
         raise BadInput(f"--probe {probe}: does not apply to mode {config.mode}; choose from {', '.join(offered)}")
-    if ("transfer" in probes) != bool(options.dataset) or ("transfer" in probes and len(probes) > 1):
+    if config.mode != "regions" and ("transfer" in probes) != bool(options.dataset) or ("transfer" in probes and len(probes) > 1):
         raise BadInput("--probe transfer: stands alone and needs --dataset, the data set to transfer to")
     if not options.dataset:
         if options.image_size or options.patch_size:
             raise BadInput("--image-size and --patch-size: only with --probe transfer; the run's own sizes come from its checkpoint")
         return probes, config
     if options.figures:
-        raise BadInput("--figures: shows the run's own data; leave it out with --probe transfer")
+        raise BadInput("--figures: shows the run's own data; leave it out with --dataset")
+    if config.mode == "regions":
+        if options.image_size or options.patch_size:
+            raise BadInput("--image-size and --patch-size: a ViT's are fixed when it is built; leave them out")
+        return probes, dataclasses.replace(config, dataset=options.dataset)
     sizes = settings.preset(options.dataset, config.mode) | {k: v for k in ("image_size", "patch_size") if (v := getattr(options, k))}
     return probes, settings.check(dataclasses.replace(config, dataset=options.dataset, image_size=sizes["image_size"], patch_size=sizes["patch_size"],
                                                       saliency=options.saliency or config.saliency))
@@ -318,7 +361,7 @@ def parse(argv=None):
     p.add_argument("--samplings", type=int, default=4, metavar="S", help="view samplings of each training sample (default: 4)")
     p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
-    p.add_argument("--dataset", choices=settings.DATASETS, help="with --probe transfer: the data set to transfer to")
+    p.add_argument("--dataset", choices=settings.DATASETS, help="probe on another data set: with --probe transfer, or any probe of mode regions")
     p.add_argument("--image-size", type=int, metavar="N", help="with --probe transfer: its image size (default: its preset's)")
     p.add_argument("--patch-size", type=int, metavar="N", help="with --probe transfer: its patch size (default: its preset's)")
     p.add_argument("--saliency", metavar="S", help="with --probe transfer: its saliency maps, as train.py's --saliency (default: the run's)")

@@ -6,18 +6,25 @@
                                                 maps.png           2-D maps of z and z_agg (Figs. 5, 6, 13, 14)
                                                 lengths.png        accuracy against M_val (Fig. 8, right)
                                                 path.png           path integration (Fig. 7)
-    draw_heatmap(files, path)                   M_tr x M_val, from the probes.json of several runs (Figs. 9-12)
+
+From the JSON that evaluate.py wrote for several runs:
+
+    draw_heatmap(files, path)                   top-1 for every M_tr and M_val (Figs. 9-12)
+    draw_sweep(files, path)                     R^2 and top-1 against M_tr (Fig. 8, left and middle)
+    draw_transfer(files, path)                  transfer: top-1 against M_val and against its cost (Fig. 15)
 
 Colours are Okabe & Ito's and viridis, which colour-blind readers can tell apart.
 """
 import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,20 +35,25 @@ BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 CYCLE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK)
 GALLERY = 1500                  # validation samples that a figure of features shows at most
+FEW = 100                       # with fewer points than this there are no neighbourhoods for UMAP to keep
 
 
 def draw_curves(run_dir):
     """Training curves from metrics.csv -> curves.png."""
     rows = runs.read_metrics(run_dir / "metrics.csv")
-    panels = [("prediction loss, 1 - cosine (Eq. 4)", {"loss": BLUE}), ("learning rate", {"lr": BLUE}),
+    panels = [("prediction loss", {"loss": BLUE}), ("learning rate", {"lr": BLUE}),
               ("spread of features (1 healthy, 0 collapsed)", {"z_std": BLUE, "z_agg_std": ORANGE}),
-              ("effective rank of features (RankMe)", {"z_rank": BLUE, "z_agg_rank": ORANGE})]
-    probed = [r for r in rows if r["knn_z"] == r["knn_z"]]                     # NaN where no online probe was due
-    if probed:
-        panels += [("online k-NN top-1, % (not the protocol)", {"knn_z": BLUE, "knn_z_agg": ORANGE}),
-                   ("online R\u00b2 of the action (not the protocol)", {"action_r2": BLUE})]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    for axis, (title, lines) in zip(axes, panels):
+              ("effective rank of features (RankMe)", {"z_rank": BLUE, "z_agg_rank": ORANGE}),
+              ("regions predicted per image", {"steps": BLUE}),
+              ("online k-NN top-1, % (not the protocol)", {"knn_z": BLUE, "knn_z_agg": ORANGE, "knn_patches": BLUE, "knn_cls": ORANGE}),
+              ("online R\u00b2 of the action (not the protocol)", {"action_r2": BLUE})]
+    measured = {name for r in rows for name, value in r.items() if value == value}          # NaN where no online probe was due
+    panels = [(title, {n: c for n, c in lines.items() if n in measured}) for title, lines in panels if measured & lines.keys()]
+    across = -(-len(panels) // 2)
+    figure, axes = plt.subplots(2, across, figsize=(4.8 * across, 6), layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, (title, lines) in zip(axes.flat, panels):
         for name, colour in lines.items():
             shown = [r for r in rows if r[name] == r[name]]
             axis.plot([r["epoch"] for r in shown], [r[name] for r in shown], color=colour, marker="." if len(shown) < 60 else None,
@@ -170,19 +182,22 @@ def draw_maps(gallery, views, config, path):
     names = {"saccade": ["x of fixation", "y of fixation"], "augment": ["crop y", "crop x", "brightness", "blur sigma"],
              "rotation": ["angle x", "angle y", "angle z"]}[config.mode]
     columns = {"saccade": [0, 1], "augment": [0, 1, 4, 8], "rotation": [6, 7, 8]}[config.mode]
-    figure, axes = plt.subplots(1, 2 + len(names), figsize=(4.3 * (2 + len(names)), 4.2), layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, max(3, len(names)), figsize=(3.4 * max(3, len(names)), 6.4), layout="constrained")
     shown = gallery.labels.unique()[:len(CYCLE)]
-    for axis, points, title in ((axes[0], flat_z, "z of view 1, by class"), (axes[-1], flat_agg, f"z_agg, M = {config.views}, by class")):
+    for axis, points, title in zip(top, (flat_z, flat_agg), ("z of view 1, by class", f"z_agg, M = {config.views}, by class")):
         for colour, label in zip(CYCLE, shown):
             rows = gallery.labels == label
-            axis.scatter(*points[rows].T, s=5, color=colour, label=_class_name(views, label), linewidths=0)
-        axis.set_title(title + (f" ({len(shown)} of them)" if len(views.classes) > len(shown) else ""))
-        axis.legend(fontsize=7, markerscale=2)
-    for axis, name, column in zip(axes[1:-1], names, columns):
-        points = axis.scatter(*flat_z.T, s=5, c=gallery.params[:, column], cmap="viridis", linewidths=0)
+            axis.scatter(*points[rows].T, s=6, color=colour, label=_class_name(views, label), linewidths=0)
+        axis.set_title(title, fontsize=10)
+    few = f"{len(shown)} of {len(views.classes)} classes" if len(views.classes) > len(shown) else None
+    top[2].legend(*top[0].get_legend_handles_labels(), title=few, loc="center left", markerscale=3)
+    for axis, name, column in zip(bottom, names, columns):
+        points = axis.scatter(*flat_z.T, s=6, c=gallery.params[:, column], cmap="viridis", linewidths=0)
         figure.colorbar(points, ax=axis)
-        axis.set_title(f"z of view 1, by {name}")
-    _bare(axes[None])
+        axis.set_title(f"z of view 1, by {name}", fontsize=10)
+    _bare(np.array([top, bottom]))
+    for axis in (*top[2:], *bottom[len(names):]):
+        axis.axis("off")
     redrawn = {("rotation", True): " (as Fig. 5)", ("saccade", True): " (as Fig. 6)", ("rotation", False): " (as Fig. 13)",
                ("saccade", False): " (as Fig. 14)"}.get((config.mode, config.condition != "none"), "")
     figure.suptitle(f"{method} of {len(flat_z):,} validation samples, condition {config.condition}{redrawn}", fontsize=11)
@@ -192,11 +207,14 @@ def draw_maps(gallery, views, config, path):
 def project(x):
     """Features (n, D) -> 2-D points (n, 2) and the name of the method: UMAP if umap-learn is installed, else PCA."""
     try:
-        from umap import UMAP
-        return UMAP(random_state=0).fit_transform(x.numpy()), "UMAP"
+        if len(x) >= FEW:
+            from umap import UMAP
+            return UMAP(random_state=0, n_jobs=1).fit_transform(x.numpy()), "UMAP"
+        method = "PCA"
     except ImportError:
-        x = x - x.mean(0)
-        return (x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T).numpy(), "PCA (umap-learn is not installed)"
+        method = "PCA (umap-learn is not installed)"
+    x = x - x.mean(0)
+    return (x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T).numpy(), method
 
 
 # ---------------------------------------------------------------- measured rows
@@ -219,38 +237,93 @@ def draw_lengths(rows, config, path):
 
 
 def draw_path(rows, path):
-    """Path integration against sequence length (Fig. 7): all inputs, actions zeroed, views zeroed."""
+    """Path integration against sequence length (Fig. 7): all inputs, actions zeroed, views zeroed; dotted: untrained."""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for suffix, words, colour in (("", "views and actions", RED), (", no actions", "actions set to zero", BLUE), (", no views", "views set to zero", GREEN)):
+    for suffix, words, colour in (("", "views and actions", RED), (", no actions", "actions set to zero", BLUE),
+                                  (", no views", "views set to zero", GREEN)):
         found = [(r, re.fullmatch(r"z_agg, a_M, M=(\d+)" + suffix, r["from"])) for r in rows if r["probe"] == "path"]
-        points = sorted((int(m.group(1)), r["value"]) for r, m in found if m)
-        axis.plot(*zip(*points), color=colour, marker="o", label=words)
-    axis.set(xlabel="observed views M_val", ylabel="R\u00b2 of the action from view 1 to view M+1", title="Path integration (as Fig. 7)",
-             xticks=[M for M, _ in points])
+        lengths, trained, untrained = zip(*sorted((int(m.group(1)), r["value"], r["untrained"]) for r, m in found if m))
+        axis.plot(lengths, trained, color=colour, marker="o", label=words)
+        axis.plot(lengths, untrained, color=colour, linestyle=":")
+    axis.plot([], color="grey", linestyle=":", label="the same, untrained")
+    axis.set(xlabel="observed views M_val", ylabel="R\u00b2 of the action from view 1 to M+1", xticks=lengths,
+             title="Path integration (as Fig. 7)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return _save(figure, path)
 
 
+# ---------------------------------------------------------------- several runs
+
 def draw_heatmap(files, path):
     """Top-1 on z_agg for every M_tr (one probes.json each) and M_val (Figs. 9-12)."""
     table = {}
-    for file in files:
-        with open(file) as text:
-            result = json.load(text)
-        for r in result["rows"]:
-            if r["probe"] == "classify" and "M=" in r["from"]:
-                table[result["config"]["views"], int(r["from"].split("M=")[1])] = r["value"]
+    for result, rows in map(_read, files):
+        table |= {(result["config"]["views"], M): r["value"] for M, r in rows if M and r["probe"] == "classify"}
     trained, probed = (sorted({key[i] for key in table}) for i in range(2))
     figure, axis = plt.subplots(figsize=(1.5 + 0.9 * len(probed), 1.3 + 0.7 * len(trained)), layout="constrained")
     values = [[table.get((a, b), float("nan")) for b in probed] for a in trained]
     axis.imshow(values, cmap="viridis")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color="white", bbox=dict(facecolor="black", alpha=0.35, linewidth=0, pad=1.5))
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color="white",
+                      bbox=dict(facecolor="black", alpha=0.35, linewidth=0, pad=1.5))
     axis.set(xticks=range(len(probed)), xticklabels=probed, yticks=range(len(trained)), yticklabels=trained,
              xlabel="M_val", ylabel="M_tr", title="top-1 on z_agg, % (as Figs. 9-12)")
     return _save(figure, path)
+
+
+def draw_sweep(files, path):
+    """R^2 of the relative action, and top-1 on z_agg at fixed M_val, against M_tr (Fig. 8, left and middle); one probes.json a run.
+
+    Each data set and condition has lines of its own; where runs differ in neither, nor in M_tr (seeds), the line joins their means."""
+    panels = {}, {}                                     # {(setting, what): {M_tr: values}}
+    for result, rows in map(_read, files):
+        c = result["config"]
+        for M, r in rows:
+            if r["probe"] == "action" or (r["probe"] == "classify" and M):
+                line = f"{c['dataset']} {c['mode']}, condition {c['condition']}", f"M_val {M}" if M else r["predicts"]
+                panels[bool(M)].setdefault(line, {}).setdefault(c["views"], []).append(r["value"])
+    settings = sorted({setting for panel in panels for setting, _ in panel})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, panel, ylabel in zip(axes, panels, ("R\u00b2 of the relative action, from z", "top-1 on z_agg, %")):
+        for i, ((setting, what), points) in enumerate(panel.items()):
+            M_tr, colour = sorted(points), CYCLE[i % len(CYCLE)]
+            label = what if len(settings) == 1 else f"{setting}: {what}"
+            axis.plot(M_tr, [sum(points[M]) / len(points[M]) for M in M_tr], color=colour, label=label)
+            axis.plot([M for M in M_tr for _ in points[M]], [v for M in M_tr for v in points[M]], "o", color=colour)
+        axis.set(xlabel="observed views in training, M_tr", ylabel=ylabel, xticks=sorted({M for points in panel.values() for M in points}))
+        axis.grid(alpha=0.3)
+        if panel:
+            axis.legend(fontsize=8)
+    figure.suptitle(f"Training length{': ' + settings[0] if len(settings) == 1 else ''} (as Fig. 8, left and middle)", fontsize=11)
+    return _save(figure, path)
+
+
+def draw_transfer(files, path):
+    """Top-1 on another data set's classes (Fig. 15) against M_val, and against what it costs (B.6): one probes-transfer-*.json a line."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    for i, (result, rows) in enumerate(map(_read, files)):
+        rows = [(M, r) for M, r in rows if r["probe"] == "transfer"]
+        name = f"{result['config']['name']}, patches of {rows[0][1]['patch_size']} px"
+        for axis, x in zip(axes, ([M for M, _ in rows], [r["gmac"] for _, r in rows])):
+            for key, style, label in (("value", "-o", name), ("untrained", ":", f"{name}, untrained")):
+                axis.plot(x, [r[key] for _, r in rows], style, color=CYCLE[i % len(CYCLE)], label=label)
+    axes[0].set(xlabel="observed views M_val", ylabel="top-1 on z_agg, %")
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[1].set(xlabel="multiply-adds an image, billions")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    figure.suptitle(f"Transfer to {result['dataset']} (as Fig. 15)", fontsize=11)
+    return _save(figure, path)
+
+
+def _read(file):
+    """What evaluate.py wrote, and its rows as (M_val, row), by M_val; 0 where a row has none."""
+    result = json.loads(Path(file).read_text())
+    lengths = [re.search(r"M=(\d+)", r["from"]) for r in result["rows"]]
+    return result, sorted(((int(m[1]) if m else 0, r) for m, r in zip(lengths, result["rows"])), key=lambda pair: pair[0])
 
 
 # ---------------------------------------------------------------- helpers

@@ -7,6 +7,7 @@
 Images are (N, 3, S, S), or (N, V, 3, S, S) for sets with V renders of each object.
 Checked in tests/test_images.py.
 """
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from config import BadInput
 
+AHEAD = 2           # batches a Store may hold: the one at hand and the next
 SPLIT_SEED = 0      # which images --limit and a folder's 90/10 split choose; the same for every --seed
 
 
@@ -25,6 +27,7 @@ class Batch(NamedTuple):
     actions: torch.Tensor   # (B, M, A): actions[:, i] takes view i to view i+1 and depends on these two alone
     params: torch.Tensor    # (B, M+1, P): each view's own parameters, for probes only
     labels: torch.Tensor    # (B,) int64, -1 where unknown
+    progress: torch.Tensor = None   # scalar, how much of the training is done, from 0 to 1: for curricula
 
 
 class Part(NamedTuple):
@@ -47,33 +50,57 @@ class Split(NamedTuple):
 
 
 class Store:
-    """Rows of equally shaped arrays, on the device: moved there whole if they fit, else fetched per batch."""
+    """Rows of equally shaped arrays, on the device.
 
-    def __init__(self, arrays, device):
+    resident: "yes", moved there whole; "no", fetched batch by batch, and ahead of need where `prefetch` was told; "auto", "yes" if
+    they fit, else "no". On a CPU "auto" leaves arrays where they are: in memory, or mapped from the disk."""
+
+    def __init__(self, arrays, device, resident="auto"):
         parts = [torch.from_numpy(a) for a in arrays]
-        if fits(sum(p.numel() * p.element_size() for p in parts), device):
+        if resident == "yes" or resident == "auto" and fits(sum(p.numel() * p.element_size() for p in parts), device):
             parts = [torch.cat([p.to(device) for p in parts])]
         self.parts, self.device = parts, device
         self.first = torch.tensor([0] + [len(p) for p in parts]).cumsum(0)      # first row of each part
+        self.ahead = resident == "no" or parts[0].device.type != device.type
+        self.reader, self.waiting = None, []                                    # one thread; [(index, its future rows)], oldest first
 
     def __len__(self):
         return int(self.first[-1])
 
     def __getitem__(self, index):
         """index (B,) int64 on the CPU -> (B, ...) on the device."""
-        if len(self.parts) == 1:
-            part = self.parts[0]
-            return part.index_select(0, index.to(part.device, non_blocking=True)).to(self.device, non_blocking=True)
-        rows = torch.empty(len(index), *self.parts[0].shape[1:], dtype=self.parts[0].dtype)
-        which = torch.bucketize(index, self.first[1:], right=True)
-        for i, part in enumerate(self.parts):
-            rows[which == i] = part[index[which == i] - self.first[i]]
+        if len(self.parts) == 1 and not self.ahead:
+            return self.parts[0].index_select(0, index.to(self.device, non_blocking=True))
+        known = next((i for i, (told, _) in enumerate(self.waiting) if torch.equal(told, index)), None)
+        rows = self._gather(index) if known is None else self.waiting.pop(known)[1].result()
         return rows.to(self.device, non_blocking=True)
 
+    def prefetch(self, index):
+        """Say that store[index] will be asked for soon: a thread gathers its rows while the device works. Changes no result.
 
-def single_images(split, device):
+        An exception of the thread is raised where the rows are asked for. The thread ends with the Store."""
+        if not self.ahead:
+            return
+        if self.reader is None:
+            self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="Store")
+        self.waiting = self.waiting[1 - AHEAD:] + [(index, self.reader.submit(self._gather, index))]
+
+    def _gather(self, index):
+        """Rows on the CPU: in pinned memory if a GPU waits for them, so that the copy to it does not hold up the host."""
+        shape, dtype = (len(index), *self.parts[0].shape[1:]), self.parts[0].dtype
+        rows = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        if len(self.parts) == 1:
+            return torch.index_select(self.parts[0], 0, index, out=rows)
+        which = torch.bucketize(index, self.first[1:], right=True)
+        for i, part in enumerate(self.parts):
+            mine = (which == i).nonzero()[:, 0]
+            rows.index_copy_(0, mine, part.index_select(0, index[mine] - self.first[i]))    # several times faster than rows[...] = part[...]
+        return rows
+
+
+def single_images(split, device, resident="auto"):
     """Every image by itself, the renders of one object too: Store of (n, 3, S, S) and labels (n,) int64."""
-    images = Store([part.images.reshape(-1, *part.images.shape[-3:]) for part in split.parts], device)
+    images = Store([part.images.reshape(-1, *part.images.shape[-3:]) for part in split.parts], device, resident)
     return images, torch.from_numpy(split.labels).repeat_interleave(len(images) // len(split.labels))
 
 

@@ -27,8 +27,9 @@ from torch import nn
 class Output(NamedTuple):
     """What a method returns for a batch."""
     loss: torch.Tensor      # scalar
-    z: torch.Tensor         # (B, M, D) encoder outputs of the observed views
-    z_agg: torch.Tensor     # (B, D+E)
+    z: torch.Tensor         # (B, M, D) encoder outputs of the observed views; of a ViT, (B, P, D) patch tokens
+    z_agg: torch.Tensor     # (B, D+E); of a ViT, (B, D) their mean
+    logs: dict              # {name: scalar tensor} to average over an epoch and write to metrics.csv
 
 
 class ActionEmbedding(nn.Module):
@@ -81,7 +82,13 @@ class SeqJEPA(nn.Module):
         """z_agg (B, D+E), embedded a_M (B, E) -> z_hat (B, D)."""
         return self.predictor(z_agg, a_last * self.in_predictor)
 
-    def forward(self, views, actions):
+    @property
+    def representation(self):
+        """What is evaluated and kept as encoder.pt."""
+        return self.encoder
+
+    def forward(self, batch):
+        views, actions = batch.views, batch.actions
         B, V = views.shape[:2]
         assert actions.shape[:2] == (B, V - 1), f"{V} views need {V - 1} actions, got {tuple(actions.shape[:2])}"
         z = self.encode(views[:, :-1])
@@ -90,7 +97,7 @@ class SeqJEPA(nn.Module):
         z_hat = self.predict(z_agg, a[:, -1])
         with torch.no_grad():                                        # sg(.) of Eq. 4
             z_next = self.target_encoder(views[:, -1])
-        return Output(prediction_loss(z_hat, z_next), z, z_agg)
+        return Output(prediction_loss(z_hat, z_next), z, z_agg, {})
 
     @torch.no_grad()
     def update_target(self, tau):

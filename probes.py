@@ -30,6 +30,12 @@ class Features(NamedTuple):
     z_agg_blind: dict       # the same with all z set to zero: actions alone (Fig. 7, green)
     z_agg_still: dict       # the same with all a set to zero: views alone (Fig. 7, blue; B.2)
 
+    def named(self):
+        """(name, features (S, N, d)) of everything that a class is read from."""
+        yield "z", self.z_clean
+        for M, z_agg in self.z_agg.items():
+            yield f"z_agg M={M}", z_agg
+
 
 @torch.inference_mode()
 def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=256, index=None, only_agg=False, amp=False,

@@ -6,7 +6,7 @@
 
 Prints a progress bar with images/s and the time left; writes runs/NAME/ (see runs.py). Settings: config.py.
 Step t draws its views and its dropout from (seed, epoch, step) alone, so a resumed run repeats what an
-uninterrupted one would have done. Optimisation: seq-JEPA Sec. 4.2. Checked in tests/test_train.py.
+uninterrupted one would have done. Optimisation: seq-JEPA Sec. 4.2, DSeq-JEPA 0.A.1.2. Checked in tests/test_train.py.
 """
 import copy
 import functools
@@ -28,20 +28,30 @@ from probes import effective_rank, feature_std
 
 SAVE_SECONDS = 60           # between checkpoints; the end of a run and a signal always save
 LOOK_STEPS = 20             # between looks at the loss: each look waits for the device
+HEALTH_ROWS = 4096          # features that the spread and rank of an epoch's last batch are computed from
 COLLAPSED_STD, COLLAPSED_RANK = 0.05, 1.5       # below either, features have lost their content
 
 
-def lr_at(step, *, steps, warmup, peak, end):
-    """Learning rate of a step: linear from `end` to `peak` over `warmup` steps, then cosine back to `end`."""
+def lr_at(step, *, steps, warmup, start, peak, end):
+    """Learning rate of a step: linear from `start` to `peak` over `warmup` steps, then on a cosine to `end`."""
     if step < warmup:
-        return end + (peak - end) * step / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return start + (peak - start) * step / warmup
+    return cosine(min(1.0, (step - warmup) / max(1, steps - 1 - warmup)), peak, end)
 
 
-def tau_at(step, *, steps, base):
-    """EMA momentum of the target encoder: from `base` at the first step to 1 at the last, on a cosine (A.3)."""
-    return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
+def tau_at(progress, *, base, shape="cosine"):
+    """EMA momentum of the target encoder: from `base` to 1, on a cosine (seq-JEPA A.3) or linear (I-JEPA)."""
+    return cosine(progress, base, 1.0) if shape == "cosine" else base + (1 - base) * progress
+
+
+def weight_decay_at(progress, *, start, end):
+    """Weight decay: from `start` to `end` on a cosine; constant if `end` is negative."""
+    return start if end < 0 else cosine(progress, start, end)
+
+
+def cosine(progress, start, end):
+    """From `start` (progress 0) to `end` (progress 1)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build_optimizer(model, config, device):
@@ -58,7 +68,7 @@ def compile_or_warn(model, batch, autocast):
         trial = copy.deepcopy(model)
         trial.compile()
         with autocast():
-            trial(batch.views, batch.actions).loss.backward()
+            trial(batch).loss.backward()
         model.compile()                     # in place: parameter names stay free of prefixes
     except Exception as error:              # the compiler's failures have no common type
         print(f"torch.compile failed ({type(error).__name__}), running eager; --no-compile hides this line")
@@ -68,25 +78,27 @@ class Meters:
     """Sums over an epoch that stay on the device, so that no step waits for them."""
 
     def __init__(self, device, saved=None):
-        self.loss_sum, self.count, self.first_bad = (torch.zeros((), device=device) for _ in range(3))
-        for name, value in (saved or {}).items():
-            getattr(self, name).fill_(value)
+        self.sums = {name: torch.tensor(value, device=device) for name, value in (saved or {}).items()}
+        self.sums = self.sums or dict(count=torch.zeros((), device=device), first_bad=torch.zeros((), device=device))
 
-    def add(self, loss, step):
-        """Add a step's loss; remember the first step whose loss was not finite."""
-        self.first_bad = torch.where((self.first_bad == 0) & ~loss.isfinite(), step + 1.0, self.first_bad)
-        self.loss_sum += loss
-        self.count += 1
+    def add(self, step, **values):
+        """Add a step's numbers; remember the first step whose loss was not finite."""
+        bad = self.sums["first_bad"]
+        self.sums["first_bad"] = torch.where((bad == 0) & ~values["loss"].isfinite(), step + 1.0, bad)
+        for name, value in dict(values, count=1.0).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def saved(self):
-        return dict(loss_sum=self.loss_sum.item(), count=self.count.item(), first_bad=self.first_bad.item())
+        return {name: total.item() for name, total in self.sums.items()}
 
-    def mean_loss(self):
-        """Mean so far. Waits for the device. Raises BadInput on a loss that was not finite."""
-        if self.first_bad > 0:
-            raise BadInput(f"the loss was not finite at step {int(self.first_bad.item()) - 1}; the checkpoint before it is kept: "
+    def means(self):
+        """{name: mean so far}. Waits for the device. Raises BadInput on a loss that was not finite."""
+        sums = self.saved()
+        count, bad = sums.pop("count"), sums.pop("first_bad")
+        if bad > 0:
+            raise BadInput(f"the loss was not finite at step {int(bad) - 1}; the checkpoint before it is kept: "
                            "lower --lr, or look at the data")
-        return (self.loss_sum / self.count).item()
+        return {name: total / count for name, total in sums.items()}
 
 
 class Stopwatch:
@@ -123,7 +135,7 @@ def train(config):
     if epoch_steps == 0:
         raise BadInput(f"--batch-size {config.batch_size}: more than the {len(views):,} samples there are; lower it")
     steps, warmup = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
-    images_per_step = config.batch_size * (config.views + 1)
+    images_per_step = config.batch_size * config.views_per_sample
 
     step, meters = 0, Meters(device)
     if checkpoint:
@@ -144,26 +156,28 @@ def train(config):
     bar = tqdm(total=steps * images_per_step, initial=step * images_per_step, unit="img", unit_scale=True, desc=config.name)
     while step < steps and stop.number is None:
         batch = next_batch(views, config, step, epoch_steps)
-        lr = lr_at(step, steps=steps, warmup=warmup, peak=config.lr, end=config.lr_end)
-        tau = tau_at(step, steps=steps, base=config.ema)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        progress = step / max(1, steps - 1)
+        lr = lr_at(step, steps=steps, warmup=warmup, start=config.lr_start, peak=config.lr, end=config.lr_end)
+        tau = tau_at(progress, base=config.ema, shape=config.ema_shape)
+        decayed, others = optimizer.param_groups
+        decayed["lr"] = others["lr"] = lr
+        decayed["weight_decay"] = weight_decay_at(progress, start=config.weight_decay, end=config.weight_decay_end)
         with autocast():
-            out = model(batch.views, batch.actions)
+            out = model(batch)
         optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
         optimizer.step()
         model.update_target(tau)
-        meters.add(out.loss.detach(), step)
+        meters.add(step, loss=out.loss.detach(), **out.logs)
         step += 1
         bar.update(images_per_step)
         clock.count += images_per_step
 
         if step % LOOK_STEPS == 0:
-            bar.set_postfix(loss=f"{meters.mean_loss():.4f}")
+            bar.set_postfix(loss=f"{meters.means()['loss']:.4f}")
         if step % epoch_steps == 0:
             epoch, speed = step // epoch_steps, clock.lap()
-            row = dict(epoch=epoch, step=step, loss=meters.mean_loss(), lr=lr, tau=tau, **health(out), images_per_second=speed)
+            row = dict(epoch=epoch, step=step, **meters.means(), lr=lr, tau=tau, **health(out), images_per_second=speed)
             warn_of_collapse(row, bar)
             row |= online(model, probe_views, config, device, due=probe_views and epoch % config.probe_every == 0)
             runs.append_metrics(config.run_dir / "metrics.csv", row)
@@ -186,12 +200,13 @@ def next_batch(views, config, step, epoch_steps):
     epoch, i = divmod(step, epoch_steps)
     index = epoch_order(len(views), config.seed, epoch)[i * config.batch_size:(i + 1) * config.batch_size]
     seed_all(config.seed, epoch, i, 0)                      # the last number is the rank
-    return views(index, config.views)
+    progress = torch.full((), step / max(1, config.epochs * epoch_steps - 1), device=views.device)
+    return views(index, config.views)._replace(progress=progress)
 
 
 def health(out):
     """Whether features live: their spread and effective rank over the last batch of an epoch (low = collapse)."""
-    z = out.z.flatten(0, 1)
+    z = out.z.flatten(0, 1)[:HEALTH_ROWS]
     return dict(z_std=feature_std(z), z_rank=effective_rank(z), z_agg_std=feature_std(out.z_agg), z_agg_rank=effective_rank(out.z_agg))
 
 
@@ -207,8 +222,8 @@ def warn_of_collapse(row, bar):
 
 def save(config, model, optimizer, step, meters):
     """Checkpoint, unless the loss has gone bad since the last one."""
-    if meters.count > 0:
-        meters.mean_loss()
+    if meters.sums["count"] > 0:
+        meters.means()
     runs.save_checkpoint(config, model, optimizer, step, meters.saved())
 
 

@@ -25,6 +25,10 @@ def test_the_command_of_the_readme_is_the_paper_s_stl10_experiment():
     ("--dataset cifar100 --mode augment", dict(image_size=32, views=2, epochs=2000, condition="all")),
     ("--dataset tiny-imagenet --mode augment", dict(image_size=64, views=2, epochs=2000)),
     ("--dataset imagenet --mode saccade", dict(image_size=224, patch_size=84, views=4)),
+    ("--dataset imagenet --mode regions", dict(method="dseq-jepa", image_size=224, patch_size=16, encoder="vit-base", region_count=5, min_patches=10,
+                                               epochs=600, batch_size=2048, lr_start=2e-4, lr=1e-3, lr_end=1e-6, warmup_epochs=15, weight_decay=0.04,
+                                               weight_decay_end=0.4, ema=0.996, predictor_width=384, predictor_depth=6, crop_scale=0.3)),
+    ("--dataset imagenet --mode regions --encoder vit-large", dict(predictor_width=384, predictor_depth=12)),
 ])
 def test_presets(line, expected):
     c = dataclasses.asdict(parsed(line))
@@ -39,7 +43,7 @@ def test_typed_flags_win_over_quick_and_quick_over_the_preset():
 def test_quick_combines_with_every_preset():
     for dataset, mode in settings.PRESETS:
         c = parsed(f"--dataset {dataset} --mode {mode} --quick")
-        assert c.limit > 0 and c.width < 64
+        assert c.limit > 0 and c.width < 64 and c.encoder in ("resnet18", "vit-nano")
 
 
 def test_every_preset_names_fields_of_config():
@@ -65,6 +69,16 @@ def test_help_shows_the_values_of_the_chosen_preset(capsys):
     ("--dataset stl10 --mode rotation", "--mode rotation does not apply to --dataset stl10"),
     ("--epochs 0", "--epochs 0"), ("--batch-size 1", "--batch-size 1"), ("--width 0", "--width 0"),
     ("--ema 1.5", "--ema 1.5"), ("--lr 0", "--lr must be above 0"), ("--name a/b", "--name a/b: expected a plain folder name"),
+    ("--dataset imagenet --mode regions --image-size 225", "--image-size 225: not a multiple of --patch-size 16"),
+    ("--dataset imagenet --mode regions --image-size 48", "--patch-size 16: gives 3 patches a side"),
+    ("--dataset imagenet --mode regions --image-size 8", "--image-size 8: not a multiple of --patch-size 16"),
+    ("--dataset imagenet --mode regions --region-count 1", "--region-count 1: at least 2"),
+    ("--dataset imagenet --mode regions --saliency-block 13", "--saliency-block 13: vit-base has blocks 1 to 12"),
+    ("--dataset imagenet --mode regions --saliency-block -1", "--saliency-block -1"),
+    ("--dataset imagenet --mode regions --encoder resnet18", "--encoder resnet18: method dseq-jepa"),
+    ("--dataset imagenet --mode regions --no-cls", "--no-cls: regions come from [CLS]"), ("--encoder vit-base", "--encoder vit-base: method seq-jepa offers"),
+    ("--method i-jepa", "--method i-jepa: mode saccade offers seq-jepa"), ("--dataset imagenet --mode regions --predictor-width 100", "--predictor-width 100"),
+    ("--dataset imagenet --mode regions --crop-scale 0", "--crop-scale 0"), ("--dataset clevr-count", "does not apply to --dataset clevr-count; choose regions"),
     ("--limit -1", "--limit -1"), ("--seed -1", "--seed -1"), ("--lr nan", "--lr must be"), ("--hue-range 2", "--hue-range must be"),
 ])
 def test_impossible_settings_are_one_line_and_status_2(line, words, tmp_path, capsys, monkeypatch):

@@ -1,10 +1,12 @@
-"""The encoder against torchvision's ResNet-18."""
+"""The encoders against torchvision's ResNet-18 and VisionTransformer."""
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from encoder import Block, ResNet18
+from attention import arrange, sizes
+from encoder import Block, ResNet18, ViT, load_pretrained
 
 
 def torchvision_twin(encoder):
@@ -64,3 +66,87 @@ def test_z_norm_standardises_and_is_off_by_default():
     torch.testing.assert_close(z.mean(0), torch.zeros(32), atol=1e-5, rtol=0)
     plain = ResNet18(width=4, stem="cifar")
     assert (plain(x) >= 0).all() and not any("norm" in key for key in plain.state_dict())
+
+
+# ---------------------------------------------------------------- ViT
+
+def torchvision_vit(vit):
+    """torchvision's VisionTransformer with the same weights; an independent implementation of attention and MLP."""
+    theirs = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=vit.depth, num_heads=vit.blocks[0].attn.heads,
+                                                  hidden_dim=vit.dim, mlp_dim=4 * vit.dim)
+    state = {"class_token": vit.cls_token.view(1, 1, -1), "conv_proj.weight": vit.patch_embed.proj.weight, "conv_proj.bias": vit.patch_embed.proj.bias,
+             "encoder.pos_embedding": torch.cat([torch.zeros(1, vit.dim), vit.positions])[None],
+             "encoder.ln.weight": vit.norm.weight, "encoder.ln.bias": vit.norm.bias}
+    names = {"norm1": "ln_1", "norm2": "ln_2", "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+    for i, block in enumerate(vit.blocks):
+        for ours, other in names.items():
+            for kind in ("weight", "bias"):
+                state[f"encoder.layers.encoder_layer_{i}.{other}.{kind}"] = block.get_parameter(f"{ours}.{kind}")
+        state[f"encoder.layers.encoder_layer_{i}.self_attention.in_proj_weight"] = block.attn.qkv.weight
+        state[f"encoder.layers.encoder_layer_{i}.self_attention.in_proj_bias"] = block.attn.qkv.bias
+    keys = theirs.load_state_dict(state, strict=False)
+    assert not keys.unexpected_keys and all(k.startswith("heads") for k in keys.missing_keys)
+    return theirs.eval()
+
+
+def test_vit_agrees_with_torchvision():
+    vit, x = ViT("vit-nano", image_size=32, patch_size=8), torch.randn(2, 3, 32, 32)
+    for p in vit.parameters():
+        p.data.add_(torch.randn_like(p) * 0.05)
+    theirs = torchvision_vit(vit)
+    tokens = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(x)], dim=1))
+    torch.testing.assert_close(vit(x)[0], tokens, atol=1e-4, rtol=1e-4)
+
+
+# Published counts of DeiT-Ti, DeiT-S and torchvision's vit_b_16, vit_l_16, vit_h_14, less classifier and learned positions.
+@pytest.mark.parametrize("name, count", [
+    ("vit-tiny", 5_717_416 - 193 * 1000 - 197 * 192), ("vit-small", 22_050_664 - 385 * 1000 - 197 * 384),
+    ("vit-base", 86_567_656 - 769 * 1000 - 197 * 768), ("vit-large", 304_326_632 - 1025 * 1000 - 197 * 1024),
+    ("vit-huge", 632_045_800 - 1281 * 1000 - 257 * 1280)])
+def test_vit_sizes(name, count):
+    with torch.device("meta"):
+        vit = ViT(name, image_size=224, patch_size=14 if name == "vit-huge" else 16)
+    assert sum(p.numel() for p in vit.parameters()) == count
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_vit_keeps_blocks_and_counts_tokens(cls):
+    vit, x = ViT("vit-nano", image_size=32, patch_size=8, cls=cls), torch.randn(2, 3, 32, 32)
+    second, last, normed = vit(x, keep=(2, 6))
+    assert second.shape == last.shape == normed.shape == (2, 16 + cls, 128)
+    torch.testing.assert_close(vit.norm(last), normed)
+    shorter = ViT("vit-nano", image_size=32, patch_size=8, cls=cls)
+    shorter.load_state_dict(vit.state_dict())
+    shorter.blocks = shorter.blocks[:2]
+    torch.testing.assert_close(shorter(x, keep=(2,))[0], second)
+
+
+def test_hidden_tokens_cannot_reach_visible_ones():
+    vit, x = ViT("vit-nano", image_size=32, patch_size=8), torch.randn(1, 3, 32, 32, requires_grad=True)
+    rank = torch.zeros(1, 17, dtype=torch.long)
+    rank[0, [0, 1, 2, 6]] = 1                                       # [CLS] and patches 0, 1, 5
+    tokens, = vit(x, arrange(rank, torch.zeros_like(rank), sizes(rank > 0)[0]))
+    tokens.square().sum().backward()
+    seen = F.max_pool2d(x.grad.abs().sum(1), 8).flatten() > 0
+    assert tokens.shape == (4, 128) and seen.nonzero().flatten().tolist() == [0, 1, 5]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "encoder."])
+def test_weights_of_a_timm_style_vit_load(prefix):
+    source, vit = ViT("vit-nano", image_size=32, patch_size=8), ViT("vit-nano", image_size=32, patch_size=8)
+    state = {prefix + k: v for k, v in source.state_dict().items()}
+    state[prefix + "cls_token"] = state[prefix + "cls_token"].view(1, 1, -1)                # as timm has it
+    state |= {prefix + "pos_embed": torch.zeros(1, 17, 128), prefix + "head.weight": torch.zeros(10, 128)}
+    load_pretrained(vit, state)
+    assert all(torch.equal(a, b) for a, b in zip(vit.parameters(), source.parameters()))
+    del state[prefix + "blocks.0.mlp.fc1.weight"]
+    with pytest.raises(KeyError):
+        load_pretrained(vit, state)
+
+
+def test_an_i_jepa_checkpoint_has_no_cls():
+    source, vit = (ViT("vit-nano", image_size=32, patch_size=8, cls=cls) for cls in (False, True))
+    before = vit.cls_token.clone()
+    load_pretrained(vit, {f"module.{k}": v for k, v in source.state_dict().items()})
+    assert torch.equal(vit.cls_token, before) and torch.equal(vit.norm.weight, source.norm.weight)
+    assert torch.equal(vit.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)

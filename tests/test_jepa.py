@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from build import build_model
+from images import Batch
 from jepa import ActionEmbedding, prediction_loss
 
 B, M, A = 6, 3, 5
@@ -19,6 +20,10 @@ def model(make_config, condition="all", **changes):
 
 def batch(m=M):
     return torch.randn(B, m + 1, 3, 16, 16), torch.randn(B, m, A)
+
+
+def run(net, views, actions):
+    return net(Batch(views, actions, None, None))
 
 
 def test_loss_is_eq_4_by_hand():
@@ -43,7 +48,7 @@ def test_forward_is_the_paper_step_by_step(make_config):
     z_agg = net.aggregator(z, a[:, :M - 1])
     z_hat, target = net.predictor(z_agg, a[:, M - 1]), net.target_encoder(views[:, M])
     loss = sum(1 - (p @ t) / (p.norm() * t.norm()) for p, t in zip(z_hat, target)) / B
-    out = net(views, actions)
+    out = run(net, views, actions)
     torch.testing.assert_close(out.loss, loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.z, z, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.z_agg, z_agg, atol=1e-5, rtol=1e-5)
@@ -51,7 +56,7 @@ def test_forward_is_the_paper_step_by_step(make_config):
 
 def test_encoder_learns_target_does_not(make_config):
     net = model(make_config)
-    net(*batch()).loss.backward()
+    run(net, *batch()).loss.backward()
     for part in (net.encoder, net.embed, net.aggregator, net.predictor):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
         assert sum(p.grad.norm() for p in part.parameters()) > 0
@@ -76,14 +81,14 @@ def test_target_moves_by_exactly_one_minus_tau(make_config):
 def test_target_normalises_with_its_own_batch(make_config):
     net = model(make_config)
     before = net.target_encoder.bn1.running_mean.clone()
-    net(*batch())
+    run(net, *batch())
     assert not torch.equal(net.target_encoder.bn1.running_mean, before)
     assert not torch.equal(net.target_encoder.bn1.running_mean, net.encoder.bn1.running_mean)
 
 
 def test_one_observed_view(make_config):
     net = model(make_config)
-    out = net(*batch(1))
+    out = run(net, *batch(1))
     out.loss.backward()
     assert out.loss.isfinite() and out.z.shape == (B, 1, 16) and net.encoder.conv1.weight.grad.norm() > 0
 
@@ -91,7 +96,7 @@ def test_one_observed_view(make_config):
 def test_inputs_are_not_modified(make_config):
     net, (views, actions) = model(make_config), batch()
     copies = views.clone(), actions.clone()
-    net(views, actions).loss.backward()
+    run(net, views, actions).loss.backward()
     assert torch.equal(views, copies[0]) and torch.equal(actions, copies[1])
 
 
@@ -112,11 +117,11 @@ def test_action_in_says_who_sees_the_actions(make_config, action_in):
 def test_only_the_conditioned_columns_are_read(make_config, condition, seen):
     net = model(make_config, condition).eval()
     views, actions = batch()
-    base = net(views, actions).loss
+    base = run(net, views, actions).loss
     for column in range(A):
         changed = actions.clone()
         changed[..., column] += 1
-        assert (net(views, changed).loss != base) == (column in seen)
+        assert (run(net, views, changed).loss != base) == (column in seen)
 
 
 def test_raw_actions_reach_the_model_unchanged():
@@ -145,7 +150,7 @@ def test_embedding_statistics_come_from_real_actions_only():
 def test_wrong_number_of_actions_is_said(make_config):
     views, actions = batch()
     with pytest.raises(AssertionError, match="4 views need 3 actions"):
-        model(make_config)(views, actions[:, :-1])
+        run(model(make_config), views, actions[:, :-1])
 
 
 def test_same_config_same_weights(make_config):

@@ -13,7 +13,7 @@ import torch
 import train
 from build import build_model
 from runs import load_checkpoint
-from train import build_optimizer, epoch_order, lr_at, tau_at
+from train import build_optimizer, epoch_order, lr_at, tau_at, weight_decay_at
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--width 2 --action-dim 4 --epochs 3 --batch-size 8 --warmup-epochs 1 --device cpu".split()
@@ -30,7 +30,7 @@ def command(mode, photos, tmp_path, *more):
 
 
 def test_learning_rate_at_its_corners():
-    at = lambda step: lr_at(step, steps=100, warmup=20, peak=4e-4, end=1e-5)
+    at = lambda step: lr_at(step, steps=100, warmup=20, start=1e-5, peak=4e-4, end=1e-5)
     assert at(0) == 1e-5 and at(20) == 4e-4 and at(99) == pytest.approx(1e-5)
     assert at(10) == pytest.approx((1e-5 + 4e-4) / 2)
     assert at(20 + 79 // 2) == pytest.approx(1e-5 + 3.9e-4 * 0.5 * (1 + math.cos(math.pi * 39 / 79)))
@@ -39,16 +39,30 @@ def test_learning_rate_at_its_corners():
 
 
 def test_learning_rate_without_warmup_or_with_nothing_else():
-    assert lr_at(0, steps=10, warmup=0, peak=1.0, end=0.1) == 1.0
-    assert all(0 < lr_at(s, steps=5, warmup=20, peak=1.0, end=0.1) <= 1.0 for s in range(5))
-    assert lr_at(0, steps=1, warmup=0, peak=1.0, end=0.1) == 1.0
+    assert lr_at(0, steps=10, warmup=0, start=0.1, peak=1.0, end=0.1) == 1.0
+    assert all(0 < lr_at(s, steps=5, warmup=20, start=0.1, peak=1.0, end=0.1) <= 1.0 for s in range(5))
+    assert lr_at(0, steps=1, warmup=0, start=0.1, peak=1.0, end=0.1) == 1.0
+
+
+def test_warmup_may_start_elsewhere_than_the_end():
+    """I-JEPA's: 2e-4 -> 1e-3 -> 1e-6."""
+    at = lambda step: lr_at(step, steps=100, warmup=10, start=2e-4, peak=1e-3, end=1e-6)
+    assert at(0) == 2e-4 and at(5) == pytest.approx(6e-4) and at(10) == pytest.approx(1e-3) and at(99) == pytest.approx(1e-6)
 
 
 def test_momentum_at_its_corners():
-    assert tau_at(0, steps=50, base=0.996) == 0.996 and tau_at(49, steps=50, base=0.996) == 1
-    assert tau_at(0, steps=1, base=0.996) == 0.996
-    taus = [tau_at(s, steps=50, base=0.9) for s in range(50)]
+    assert tau_at(0, base=0.996) == pytest.approx(0.996) and tau_at(1, base=0.996) == 1
+    assert tau_at(0.5, base=0.9) == pytest.approx(0.95) == pytest.approx(tau_at(0.5, base=0.9, shape="linear"))
+    assert tau_at(0.25, base=0.9, shape="linear") == pytest.approx(0.925)
+    assert tau_at(0.25, base=0.9) == pytest.approx(1 - 0.1 * 0.5 * (1 + math.cos(math.pi / 4)))
+    taus = [tau_at(s / 49, base=0.9) for s in range(50)]
     assert taus == sorted(taus)
+
+
+def test_weight_decay_at_its_corners():
+    assert weight_decay_at(0, start=0.04, end=0.4) == pytest.approx(0.04) and weight_decay_at(1, start=0.04, end=0.4) == 0.4
+    assert weight_decay_at(0.5, start=0.04, end=0.4) == pytest.approx(0.22)
+    assert weight_decay_at(0.7, start=1e-3, end=-1) == 1e-3
 
 
 def test_biases_norms_and_agg_are_not_decayed(make_config):

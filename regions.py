@@ -1,0 +1,234 @@
+"""Regions on the patch grid (DSeq-JEPA Sec. 3.2): where to predict, and in what order.
+
+    [CLS] (B, D), patches (B, P, D)  ->  saliency (B, P) in [0, 1]                        Eq. 1, or Eq. 8
+    saliency (B, H, W), P = H * W    ->  rank (B, H, W) int64: which region a patch is in   Eqs. 2-4
+
+Ranks 1, 2, ... are R_1, R_2, ... in order of prediction and N is R_N, the rest of the image. Every patch has one
+rank. An image with fewer than N - 1 discriminative regions lacks the ranks between: it has fewer steps, no other
+change. Rank 0 means no part in anything, and only order "truncated" gives it.
+
+Rule "otsu" is the paper's: one Otsu threshold, its 8-connected components of at least 10 patches, best mean saliency
+first. One threshold rarely yields N - 1 = 4 components, so rule "otsu-refill", ours, thresholds what was below the
+threshold again and again, and appends the components that come up.
+
+Beside them, with the same shapes: random blocks for the curriculum, I-JEPA's masks, and the orders of Table 5.
+
+All is batched, of fixed shapes, and never waits for the device. Thresholds equal OpenCV's, components SciPy's. Differs
+from the authors' code, which drops regions under 30 patches and leaves an image whose regions run out without them.
+I-JEPA's code never places a block on the last row or column; here every place that fits is as likely.
+Checked in tests/test_regions.py.
+"""
+import torch
+import torch.nn.functional as F
+
+RULES = ("otsu", "otsu-refill")
+ORDERS = ("discriminative", "random", "spatial", "truncated")
+LEVELS = 256                                      # OpenCV's Otsu sees uint8(255 x)
+ROUNDS = 8                                        # thresholds of rule "otsu-refill"; a fixed number keeps shapes fixed
+TOP = 3                                           # regions that order "truncated" keeps
+TARGETS = 4                                       # I-JEPA: target blocks per image
+TARGET_SCALE, TARGET_ASPECT = (0.15, 0.2), (0.75, 1.5)
+CONTEXT_SCALE, CONTEXT_ASPECT = (0.85, 1.0), (1.0, 1.0)
+TRIES = 32                                        # placements drawn at once, of which the best is used
+
+
+def _wide(device):
+    """float64, in which the sums and quotients below are exact; MPS has only float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def cls_similarity(cls, patches):
+    """Cosine similarity of the [CLS] token (B, D) and patch tokens (B, P, D).  ->  (B, P) float32"""
+    return F.cosine_similarity(cls.float()[:, None], patches.float(), dim=2)
+
+
+def grad_cam(tokens, gradients):
+    """Eq. 8, the label-free Grad-CAM proxy: tokens (B, P, D) and the loss's gradients there.  ->  (B, P) float32, >= 0"""
+    weights = gradients.float().mean(1, keepdim=True)
+    return (weights * tokens.float()).sum(2).relu()
+
+
+def min_max(similarity):
+    """Eq. 1: each row of (B, P) stretched to [0, 1]; a constant row becomes 0."""
+    low, high = similarity.aminmax(dim=1, keepdim=True)
+    span = high - low
+    return (similarity - low) / torch.where(span > 0, span, 1)
+
+
+def otsu(level, candidate):
+    """Otsu's threshold (Eq. 2) over the candidates only.  level (B, P) int64 in 0..255, candidate (B, P) bool  ->  (B,) int64
+
+    Foreground is level > threshold, as in OpenCV. Candidates all alike, or none: 0.
+    With n patches of level sum S, and n1 and S1 up to a level, the variance between classes is
+    (n S1 - n1 S)^2 / (n1 n2), times a constant. Its parts are integers below 2^53 for n up to 1,200, so equal
+    variances compare equal, and of these the lowest level wins. (torch.argmax promises that too, but not on every device.)"""
+    bins = torch.arange(LEVELS, device=level.device)
+    histogram = torch.zeros(len(level), LEVELS, dtype=torch.int64, device=level.device).scatter_add_(1, level, candidate.long())
+    n1, S1 = histogram.cumsum(1), (histogram * bins).cumsum(1)
+    n, S = n1[:, -1:], S1[:, -1:]
+    variance = (n * S1 - n1 * S).to(_wide(level.device)).square() / (n1 * (n - n1)).clamp(min=1)
+    return torch.where(variance == variance.amax(1, keepdim=True), bins, LEVELS).amin(1)
+
+
+def _neighbours(values, outside):
+    """The 8 neighbours of every patch.  values (B, H, W)  ->  (B, 8, H, W), `outside` beyond the border"""
+    H, W = values.shape[1:]
+    padded = F.pad(values, (1, 1, 1, 1), value=outside)
+    return torch.stack([padded[:, r:r + H, c:c + W] for r in range(3) for c in range(3) if (r, c) != (1, 1)], dim=1)
+
+
+def components(group):
+    """8-connected components, numbered 1, 2, ... in raster order of their first patch; 0 is background.
+
+    group (B, H, W): a bool mask, or integers of which only equal ones connect and 0 is background  ->  (B, H, W) int64
+
+    Boruvka's algorithm. Each patch starts as a tree. In a round every tree hooks onto the one of smallest name among
+    those of its group that it touches. Choosing the smallest allows no cycle but two trees choosing one another; of
+    these the smaller becomes the root. A tree that is not yet its whole component thereby at least doubles in size, so
+    floor(log2 P) rounds join everything. Round s starts with at most P / 2^s unfinished trees, so no chain of hooks is
+    longer and P.bit_length() - s doublings flatten it. (Repeated 3x3 dilation is simpler, but a spiral takes it P / 2 passes.)"""
+    B, H, W = group.shape
+    P = H * W
+    group = group.long()
+    joined = ((_neighbours(group, 0) == group[:, None]) & (group[:, None] != 0)).flatten(2)
+    own = torch.arange(P, device=group.device).expand(B, P)
+    tree = own
+    for doublings in range(P.bit_length(), 1, -1):
+        across = _neighbours(tree.view(B, H, W), P).flatten(2)
+        nearest = torch.where(joined & (across != tree[:, None]), across, P)
+        for half in (4, 2, 1):                                                           # amin over int64 is slow on CPU
+            nearest = torch.minimum(nearest[:, :half], nearest[:, half:])
+        chosen = torch.full_like(tree, P).scatter_reduce(1, tree, nearest[:, 0], "amin")
+        parent = torch.where(chosen < P, chosen, own)
+        parent = torch.where((parent.gather(1, parent) == own) & (own < parent), own, parent)
+        for _ in range(doublings):
+            parent = parent.gather(1, parent)
+        tree = parent.gather(1, tree)
+    first = torch.full_like(tree, P).scatter_reduce(1, tree, own, "amin").gather(1, tree)
+    foreground = group.flatten(1) != 0
+    number = ((first == own) & foreground).cumsum(1).gather(1, first)
+    return torch.where(foreground, number, 0).view(B, H, W)
+
+
+def discriminative_regions(saliency, N, rule, min_patches=10):
+    """Eqs. 2-4.  saliency (B, H, W) in [0, 1], rule one of RULES  ->  rank (B, H, W) int64 in 1..N
+
+    Regions that score alike keep raster order. NaN counts as 0: the training loop is the place to report it.
+    A patch of level 0 is above no threshold, so after min_max the rest is never empty.
+
+    Thresholds do not depend on components, so all rounds' thresholds come first and cut the levels into bands.
+    Components of all bands are then found at once. A band scores above every later one, so one sort ranks them all."""
+    B, H, W = saliency.shape
+    rounds = {"otsu": 1, "otsu-refill": ROUNDS}[rule]
+    saliency = saliency.float().nan_to_num(0).flatten(1)
+    level = (255 * saliency).clamp(0, LEVELS - 1).long()
+    threshold, band = torch.full_like(level[:, :1], LEVELS), torch.zeros_like(level)
+    for i in range(rounds):
+        candidate = level <= threshold
+        threshold = otsu(level, candidate)[:, None]
+        band = torch.where(candidate & (level > threshold), i + 1, band)
+    label = components(band.view(B, H, W)).flatten(1)
+    # float32 numbers of level >= 1 add up exactly in float64, in whatever order a GPU adds them.
+    total = torch.zeros(B, H * W + 1, dtype=_wide(saliency.device), device=saliency.device)
+    size = torch.zeros_like(total).scatter_add_(1, label, torch.ones_like(saliency, dtype=total.dtype))
+    total.scatter_add_(1, label, saliency.to(total.dtype))
+    score = torch.where(size >= min_patches, total / size.clamp(min=1), -1)
+    score[:, 0] = -1
+    best = score.argsort(dim=1, descending=True, stable=True)[:, :N - 1]
+    rank = torch.where(score.gather(1, best) > 0, torch.arange(1, N, device=best.device), N)
+    return torch.full_like(size, N, dtype=torch.int64).scatter(1, best, rank).gather(1, label).view(B, H, W)
+
+
+def _block_size(u, scale, aspect, grid):
+    """I-JEPA's block sizes: one uniform number u sets both area and aspect.  ->  height, width, int64, shaped as u"""
+    H, W = grid
+    u = u.to(_wide(u.device))
+    area = (H * W * (scale[0] + u * (scale[1] - scale[0]))).floor()
+    ratio = aspect[0] + u * (aspect[1] - aspect[0])
+    return ((area * ratio).sqrt().round().clamp(1, max(H - 1, 1)).long(),
+            (area / ratio).sqrt().round().clamp(1, max(W - 1, 1)).long())
+
+
+def _place(height, width, shape, grid, generator):
+    """Blocks at uniform places.  height, width: broadcast to `shape`  ->  (*shape, H, W) bool"""
+    H, W = grid
+    u, v = torch.rand(2, *shape, device=height.device, generator=generator)
+    top, left = (u * (H - height + 1)).long()[..., None], (v * (W - width + 1)).long()[..., None]
+    rows, columns = torch.arange(H, device=top.device), torch.arange(W, device=top.device)
+    in_rows = (rows >= top) & (rows < top + height[..., None])
+    in_columns = (columns >= left) & (columns < left + width[..., None])
+    return in_rows[..., :, None] & in_columns[..., None, :]
+
+
+def random_regions(B, grid, N, min_patches=10, device=None, generator=None):
+    """For the curriculum: N - 1 disjoint random blocks in random order, then the rest.  ->  rank (B, H, W) int64
+
+    Each block takes the first of TRIES places that is free, else the place that is least taken, and there only what is
+    free; what is then under min_patches goes to the rest."""
+    height, width = _block_size(torch.rand(B, N - 1, 1, device=device, generator=generator), TARGET_SCALE, TARGET_ASPECT, grid)
+    blocks = _place(height, width, (B, N - 1, TRIES), grid, generator)
+    image, attempt = torch.arange(B, device=device), torch.arange(TRIES, device=device)
+    rank = torch.full((B, *grid), N, device=device)
+    for k in range(N - 1):
+        free = rank == N
+        overlap = (blocks[:, k] & ~free[:, None]).flatten(2).sum(2)
+        block = blocks[image, k, (overlap * TRIES + attempt).argmin(1)] & free           # no ties: the earliest is least
+        enough = block.flatten(1).sum(1) >= min_patches
+        rank = torch.where(block & enough[:, None, None], k + 1, rank)
+    return reorder(rank, N, "random", generator)
+
+
+def multi_block(B, grid, device=None, generator=None, min_patches=10):
+    """I-JEPA's masks.  ->  context (B, H, W) bool, targets (B, 4, H, W) bool
+
+    One size for all target blocks and one for all context blocks of the batch. Targets may overlap one another; the
+    context never overlaps them. Of TRIES draws an image gets the first whose context has min_patches, else the one with
+    most; then contexts are cut to the batch's smallest, in raster order as I-JEPA does, so that they stack."""
+    u = torch.rand(2, device=device, generator=generator)
+    targets = _place(*_block_size(u[0], TARGET_SCALE, TARGET_ASPECT, grid), (B, TRIES, TARGETS), grid, generator)
+    context = _place(*_block_size(u[1], CONTEXT_SCALE, CONTEXT_ASPECT, grid), (B, TRIES), grid, generator) & ~targets.any(2)
+    image, attempt = torch.arange(B, device=device), torch.arange(TRIES, device=device)
+    patches = context.flatten(2).sum(2).clamp(max=min_patches)
+    best = (patches * TRIES - attempt).argmax(1)                                         # no ties: the earliest is most
+    targets, context = targets[image, best], context[image, best]
+    none = ~context.flatten(1).any(1)
+    context = torch.where(none[:, None, None], ~targets.any(1), context).flatten(1)
+    fewest = context.sum(1).amin().clamp(min=1)                # an image all targets must not empty the others' contexts
+    return (context & (context.cumsum(1) <= fewest)).view(B, *grid), targets
+
+
+def _is_rank(rank, N):
+    """rank (B, H, W)  ->  (B, N, P) bool: patch p is in R_1, ..., R_N"""
+    return rank.flatten(1)[:, None] == torch.arange(1, N + 1, device=rank.device)[:, None]
+
+
+def reorder(rank, N, order, generator=None):
+    """The orders of Table 5 for the same regions; order is one of ORDERS.  rank (B, H, W)  ->  rank (B, H, W)
+
+    discriminative  as they are
+    random          R_1 ... R_{N-1} permuted, per image; the rest stays last
+    spatial         sorted by the patch that holds a region's centre, in row-major order; the rest stays last
+    truncated       R_1, R_2, R_3 only: all later ones, the rest too, get rank 0, so nothing predicts or sees them
+
+    After "random" and "spatial" the regions that exist have the lowest ranks."""
+    if order == "discriminative":
+        return rank
+    if order == "truncated":
+        return torch.where(rank <= TOP, rank, 0)
+    H, W = rank.shape[1:]
+    inside = _is_rank(rank, N)[:, :-1]
+    size = inside.sum(2)
+    if order == "random":
+        key = torch.rand(size.shape, device=rank.device, generator=generator)
+    else:
+        patch, patches = torch.arange(H * W, device=rank.device), size.clamp(min=1)
+        row, column = ((2 * (inside * at).sum(2) + patches) // (2 * patches) for at in (patch // W, patch % W))
+        key = row * W + column
+    position = torch.where(size > 0, key, H * W).argsort(dim=1, stable=True).argsort(dim=1)
+    kept = rank.new_zeros(len(rank), 1)
+    return torch.cat([kept, position + 1, kept + N], dim=1).gather(1, rank.flatten(1)).view_as(rank)
+
+
+def mean_steps(rank, N):
+    """Regions that get predicted, all that exist but the first: mean over images.  rank (B, H, W)  ->  0-d float32"""
+    return (_is_rank(rank, N).any(2).sum(1) - 1).clamp(min=0).float().mean()

@@ -1,0 +1,541 @@
+"""Regions against OpenCV, SciPy and slow per-image readings of the paper; masks and orders by hand and by brute force."""
+import itertools
+import math
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from scipy.stats import chisquare
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import regions
+from regions import (RULES, cls_similarity, components, discriminative_regions, grad_cam, mean_steps, min_max, multi_block,
+                     otsu, random_regions, reorder)
+
+GRIDS = [(14, 14), (8, 8), (7, 9), (5, 12), (1, 11), (16, 3)]
+EIGHT = np.ones((3, 3))
+
+
+def noise_maps(kind, count, grid, seed=0):
+    """(count, H, W) float32, each from 0 to 1."""
+    rng = np.random.default_rng(seed)
+    maps = rng.random((count, *grid), dtype=np.float32)
+    if kind == "blurred":
+        maps = ndimage.gaussian_filter(maps, (0, 1.5, 1.5))
+    if kind == "spiky":
+        maps = ndimage.gaussian_filter(maps, (0, 1, 1)) ** 12
+    if kind.startswith("levels"):
+        levels = int(kind[6:])
+        maps = rng.integers(0, levels, maps.shape).astype(np.float32) / (levels - 1)
+    return min_max(torch.from_numpy(maps).flatten(1)).view(count, *grid)
+
+
+def structured_maps(H, W):
+    """Maps without noise: constant, two-valued, checkerboard, stripes, single patches, a ramp."""
+    r, c = np.indices((H, W))
+    single = np.zeros((H, W))
+    single[H // 2, W // 3] = 1
+    maps = [np.zeros((H, W)), np.ones((H, W)), np.full((H, W), 0.4), (r + c) % 2, (r + c) % 2 * 0.5 + 0.25, r % 2, c % 3 == 0,
+            (r % 2 == 0) & (c % 2 == 0), single, 1 - single, r * W + c, (r > H // 2) * 0.3 + (c > W // 2) * 0.3]
+    return torch.from_numpy(np.stack(maps).astype(np.float32) / max(1, H * W - 1) ** (np.stack(maps).max((1, 2), keepdims=True) > 1))
+
+
+def spiral(n):
+    """A path one patch wide that winds inwards between walls one patch wide."""
+    mask, r, c, turn = np.zeros((n, n), bool), 0, 0, 0
+    mask[0, 0] = True
+    steps = [(0, 1), (1, 0), (0, -1), (-1, 0)]
+    for _ in range(2 * n):
+        dr, dc = steps[turn % 4]
+        while True:
+            ahead, beyond = (r + dr, c + dc), (r + 2 * dr, c + 2 * dc)
+            if not (0 <= ahead[0] < n and 0 <= ahead[1] < n) or (0 <= beyond[0] < n and 0 <= beyond[1] < n and mask[beyond]):
+                break
+            r, c = ahead
+            mask[r, c] = True
+        turn += 1
+    return mask
+
+
+def cv2_otsu(values):
+    """values: a flat uint8 array -> OpenCV's threshold.
+
+    Where two splits are exactly as good, OpenCV's rounding decides; what must come out of ours is the lower one."""
+    threshold = int(cv2.threshold(values.reshape(1, -1), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0])
+    levels, counts = np.unique(values, return_counts=True)
+    n1, S1 = counts.cumsum(), (counts * levels).cumsum()
+    n, S = int(n1[-1]), int(S1[-1])
+    rough = (n * S1 - S * n1)[:-1] ** 2 / (n1 * (n - n1))[:-1]
+    near = [i for i in range(len(rough)) if rough[i] > rough.max() * (1 - 1e-9)]
+    if len(near) < 2:
+        return threshold
+    exact = {int(levels[i]): Fraction((n * int(S1[i]) - S * int(n1[i])) ** 2, int(n1[i]) * (n - int(n1[i]))) for i in near}
+    assert exact[threshold] == max(exact.values())
+    return min(level for level in exact if exact[level] == exact[threshold])
+
+
+def slow_regions(saliency, N, rule, min_patches, rounds):
+    """One image, written from Sec. 3.2 (and from SPEC's words for the refill) with OpenCV and SciPy."""
+    values, left, found = np.uint8(255 * saliency), np.ones(saliency.shape, bool), []
+    for _ in range(1 if rule == "otsu" else rounds):
+        if len(found) >= N - 1 or left.sum() < min_patches:
+            break
+        above = left & (values > cv2_otsu(values[left]))
+        labels, count = ndimage.label(above, EIGHT)
+        parts = [labels == k for k in range(1, count + 1) if (labels == k).sum() >= min_patches]
+        found += sorted(parts, key=lambda part: -saliency[part].astype(np.float64).mean())
+        left &= ~above
+    rank = np.full(saliency.shape, N)
+    for k, part in enumerate(found[:N - 1]):
+        rank[part] = k + 1
+    return rank
+
+
+# ---- saliency
+
+def test_cls_similarity_is_the_cosine_in_float32():
+    cls, patches = torch.randn(3, 8), torch.randn(3, 5, 8)
+    similarity = cls_similarity(cls, patches)
+    for b, p in itertools.product(range(3), range(5)):
+        a, v = cls[b].numpy(), patches[b, p].numpy()
+        assert similarity[b, p].item() == pytest.approx(a @ v / np.linalg.norm(a) / np.linalg.norm(v), abs=1e-6)
+    assert cls_similarity(cls.bfloat16(), patches.bfloat16()).dtype == torch.float32
+
+
+def test_min_max_by_hand():
+    rows = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -5.0, -5.0], [0.0, 1e-38, 5e-39], [-1.0, 0.0, 3.0]])
+    expected = [[0, 1, 0.5], [0, 0, 0], [0, 1, 0.5], [0, 0.25, 1]]
+    torch.testing.assert_close(min_max(rows), torch.tensor(expected))
+
+
+def test_grad_cam_by_hand():
+    tokens = torch.tensor([[[1.0, 2.0], [3.0, -1.0], [0.0, 4.0]]])
+    gradients = torch.tensor([[[3.0, 0.0], [0.0, -3.0], [0.0, 0.0]]])         # channel weights 1 and -1
+    assert grad_cam(tokens, gradients).tolist() == [[0.0, 4.0, 0.0]]
+
+
+# ---- Otsu
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kind", ["blurred", "noise", "spiky", "levels2", "levels5", "levels16"])
+def test_otsu_equals_opencv(kind, grid):
+    maps = noise_maps(kind, 150, grid).numpy()
+    values = np.uint8(255 * maps).reshape(len(maps), -1)
+    level = torch.from_numpy(values).long()
+    threshold = otsu(level, torch.ones_like(level, dtype=torch.bool))
+    for b in range(len(maps)):
+        assert threshold[b] == cv2_otsu(values[b])
+
+
+@pytest.mark.parametrize("kind", ["blurred", "levels5"])
+def test_otsu_sees_only_the_candidates(kind):
+    maps = noise_maps(kind, 300, (14, 14))
+    level = (255 * maps).long().flatten(1)
+    candidate = torch.rand(level.shape) < torch.rand(300, 1)
+    candidate[0] = False
+    candidate[1] = torch.arange(196) == 77
+    threshold = otsu(level, candidate)
+    assert threshold[:2].tolist() == [0, 0]
+    for b in range(2, 300):
+        if candidate[b].any():
+            assert threshold[b] == cv2_otsu(level[b][candidate[b]].numpy().astype(np.uint8))
+
+
+def test_otsu_of_constants_is_zero_as_opencv_has_it():
+    level = torch.tensor([0, 1, 128, 255])[:, None].expand(4, 30)
+    assert otsu(level, torch.ones(4, 30, dtype=torch.bool)).tolist() == [0] * 4 == [cv2_otsu(np.full(30, v, np.uint8)) for v in level[:, 0]]
+
+
+def test_otsu_ties_go_to_the_lowest_level():
+    """n patches each at 0 and 2 v, m at v: splitting below v is as good as above it. Between used levels, all are alike."""
+    for n, m, v in [(3, 5, 100), (1, 1, 7), (10, 2, 127), (7, 90, 40), (300, 500, 127)]:
+        level = torch.tensor([[0] * n + [v] * m + [2 * v] * n])
+        assert otsu(level, torch.ones_like(level, dtype=torch.bool)).item() == 0
+    assert otsu(torch.tensor([[20] * 5 + [90] * 7]), torch.ones(1, 12, dtype=torch.bool)).item() == 20
+
+
+# ---- components
+
+def assert_components(masks):
+    masks = torch.as_tensor(masks)
+    labels = components(masks).numpy()
+    for b in range(len(masks)):
+        np.testing.assert_array_equal(labels[b], ndimage.label(masks[b].numpy(), EIGHT)[0])
+
+
+@pytest.mark.parametrize("grid", GRIDS + [(1, 1), (2, 1), (23, 28)])
+def test_components_equal_scipy_on_noise(grid):
+    rng = np.random.default_rng(1)
+    masks = rng.random((200, *grid)) < rng.uniform(0, 1, (200, 1, 1))
+    blurred = ndimage.gaussian_filter(rng.random((60, *grid)), (0, 1, 1)) > 0.5
+    assert_components(np.concatenate([masks, blurred]))
+
+
+def test_components_equal_scipy_on_every_3x5_mask():
+    masks = (np.arange(2 ** 15)[:, None] >> np.arange(15) & 1).astype(bool).reshape(-1, 3, 5)
+    within_image = np.zeros((3, 3, 3))
+    within_image[1] = 1
+    labels, _ = ndimage.label(masks, within_image)                            # numbered through all images, in order
+    before = np.maximum.accumulate(np.append(0, labels.max((1, 2))))[:-1, None, None]
+    np.testing.assert_array_equal(components(torch.from_numpy(masks)).numpy(), np.where(masks, labels - before, 0))
+
+
+@pytest.mark.parametrize("n", [8, 14, 15, 28])
+def test_components_of_long_winding_shapes(n):
+    r, c = np.indices((n, n))
+    serpentine = (r % 2 == 0) | (c == np.where(r % 4 == 1, n - 1, 0))
+    comb = (c % 2 == 0) | (r == n - 1)
+    zigzag = (r % 4 == np.abs((c + 2) % 4 - 2) + 1)
+    shapes = [spiral(n), serpentine, comb, zigzag, r == c, (r + c) % 2 == 0, (r % 2 == 0) & (c % 2 == 0), r < 0, r >= 0]
+    shapes = np.stack([flip for s in shapes for flip in (s, s[::-1], s[:, ::-1], s.T, ~s)])
+    assert components(torch.from_numpy(spiral(n))[None]).max() == 1 and spiral(n).sum() > n * n * 0.45
+    assert_components(np.ascontiguousarray(shapes))
+
+
+def test_components_of_groups_connect_equal_values_only():
+    groups = torch.randint(0, 4, (100, 9, 7))
+    labels = components(groups)
+    for b in range(100):
+        first = {}
+        expected = np.zeros((9, 7), int)
+        for value in (1, 2, 3):
+            parts, count = ndimage.label(groups[b].numpy() == value, EIGHT)
+            first |= {int(np.flatnonzero(parts == k)[0]): parts == k for k in range(1, count + 1)}
+        for number, start in enumerate(sorted(first), 1):
+            expected[first[start]] = number
+        np.testing.assert_array_equal(labels[b], expected)
+
+
+# ---- discriminative regions
+
+def test_three_blobs_by_hand():
+    saliency = torch.zeros(10, 12)
+    saliency[0:3, 0:4] = 0.8                              # 12 patches
+    saliency[6:10, 0:4] = 1.0                             # 16 patches: the best
+    saliency[0:3, 6:9] = 0.9                              # 9 patches: too few
+    saliency[8:10, 6:11] = 0.4                            # 10 patches, below the first threshold
+    expected = torch.full((10, 12), 5)
+    expected[6:10, 0:4] = 1
+    expected[0:3, 0:4] = 2
+    assert torch.equal(discriminative_regions(saliency[None], 5, "otsu")[0], expected)
+    expected[8:10, 6:11] = 3
+    assert torch.equal(discriminative_regions(saliency[None], 5, "otsu-refill")[0], expected)
+    rank = discriminative_regions(saliency[None], 5, "otsu", min_patches=9)[0]
+    assert [rank[7, 1], rank[1, 7], rank[1, 1], rank[9, 9], rank[5, 5]] == [1, 2, 3, 5, 5]
+
+
+@pytest.mark.parametrize("N, min_patches", [(5, 10), (3, 4), (7, 1)])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_rank_maps_equal_the_slow_reading(rule, grid, N, min_patches):
+    kinds = ("blurred", "noise", "spiky", "levels2", "levels5", "levels16")
+    maps = torch.cat([noise_maps(kind, 25, grid, seed=2) for kind in kinds] + [structured_maps(*grid)])
+    rank = discriminative_regions(maps, N, rule, min_patches)
+    assert rank.dtype == torch.int64 and rank.shape == maps.shape
+    for b in range(len(maps)):
+        np.testing.assert_array_equal(rank[b], slow_regions(maps[b].numpy(), N, rule, min_patches, regions.ROUNDS))
+
+
+@pytest.mark.parametrize("grid, min_patches", [((14, 14), 10), ((8, 8), 4)])
+def test_rank_maps_equal_the_slow_reading_on_many_blurred_maps(grid, min_patches):
+    """Here the slow one refills without end: the fixed number of rounds is enough."""
+    maps = noise_maps("blurred", 250, grid, seed=3)
+    for rule in RULES:
+        rank = discriminative_regions(maps, 5, rule, min_patches)
+        for b in range(len(maps)):
+            np.testing.assert_array_equal(rank[b], slow_regions(maps[b].numpy(), 5, rule, min_patches, 1000))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_every_rank_map_satisfies(rule):
+    maps = noise_maps("blurred", 150, (14, 14), seed=4)
+    rank = discriminative_regions(maps, 5, rule)
+    assert rank.min() >= 1 and rank.max() <= 5 and (rank == 5).flatten(1).any(1).all()
+    for b in range(150):
+        present = [k for k in range(1, 5) if (rank[b] == k).any()]
+        assert present == list(range(1, len(present) + 1))                    # none missing between
+        scores = [maps[b][rank[b] == k].double().mean().item() for k in present]
+        assert scores == sorted(scores, reverse=True)
+        for k in present:
+            assert (rank[b] == k).sum() >= 10 and ndimage.label((rank[b] == k).numpy(), EIGHT)[1] == 1
+
+
+def test_refill_keeps_what_the_literal_rule_finds_and_adds():
+    maps = noise_maps("blurred", 500, (14, 14), seed=5)
+    literal, refill = (discriminative_regions(maps, 5, rule) for rule in RULES)
+    assert torch.equal(refill[literal < 5], literal[literal < 5])
+    assert mean_steps(refill, 5) > 2 * mean_steps(literal, 5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_equal_scores_keep_raster_order(rule):
+    saliency = torch.zeros(2, 14, 14)
+    saliency[:, 0:4, 8:12] = saliency[:, 1:5, 0:4] = saliency[:, 8:12, 3:7] = 0.7
+    saliency[1, 8:12, 3:7] = 0.71
+    rank = discriminative_regions(saliency, 5, rule)
+    assert [rank[0, 0, 8], rank[0, 1, 0], rank[0, 8, 3]] == [1, 2, 3]
+    assert [rank[1, 0, 8], rank[1, 1, 0], rank[1, 8, 3]] == [2, 3, 1]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nan_neither_crashes_nor_counts(rule):
+    saliency = noise_maps("blurred", 2, (14, 14))
+    saliency[0] = float("nan")
+    saliency[1, :3] = float("nan")
+    rank = discriminative_regions(saliency, 5, rule)
+    assert (rank[0] == 5).all() and torch.equal(rank, discriminative_regions(saliency.nan_to_num(0), 5, rule))
+
+
+def test_an_image_alone_gives_what_it_gives_in_a_batch():
+    maps = noise_maps("blurred", 20, (14, 14), seed=6)
+    level, group = (255 * maps).long().flatten(1), (4 * maps).long()
+    everything = lambda m, l, g: [discriminative_regions(m, 5, rule) for rule in RULES] + [otsu(l, l > 9), components(g), min_max(m.flatten(1))]
+    together = everything(maps, level, group)
+    for b in range(20):
+        for alone, batch in zip(everything(maps[b:b + 1], level[b:b + 1], group[b:b + 1]), together):
+            assert torch.equal(alone[0], batch[b])
+
+
+def test_unknown_rule_raises():
+    with pytest.raises(KeyError):
+        discriminative_regions(torch.zeros(1, 4, 4), 5, "otsu-again")
+
+
+# ---- random blocks
+
+def slow_size(u, scale, aspect, H, W):
+    """I-JEPA's sampler for one uniform number, in Python floats."""
+    keep, ratio = int(H * W * (scale[0] + u * (scale[1] - scale[0]))), aspect[0] + u * (aspect[1] - aspect[0])
+    h, w = round(math.sqrt(keep * ratio)), round(math.sqrt(keep / ratio))
+    while h >= H:
+        h -= 1
+    while w >= W:
+        w -= 1
+    return h, w
+
+
+def target_sizes(H, W):
+    return {slow_size(u, (0.15, 0.2), (0.75, 1.5), H, W) for u in np.linspace(0, 1, 2001)}
+
+
+def box(mask):
+    """Height and width of the bounding box, and whether the mask fills it."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    h, w = np.ptp(rows) + 1, np.ptp(columns) + 1
+    return (h, w), mask.sum() == h * w
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (16, 16), (9, 15), (28, 28)])
+def test_random_regions_are_blocks_less_earlier_blocks(grid):
+    sizes, rank = target_sizes(*grid), random_regions(100, grid, 5)
+    assert rank.shape == (100, *grid) and rank.dtype == torch.int64 and rank.min() == 1 and rank.max() == 5
+    whole = np.zeros((100, 4), bool)
+    for b in range(100):
+        present = [k for k in range(1, 5) if (rank[b] == k).any()]
+        assert present == list(range(1, len(present) + 1))
+        for k in present:
+            region = (rank[b] == k).numpy()
+            (h, w), full = box(region)
+            whole[b, k - 1] = full and (h, w) in sizes
+            assert region.sum() >= 10 and any(h <= a and w <= c for a, c in sizes)
+    assert whole.any(1).all() and whole.sum(1).mean() > 2.5                    # the block placed first is never cut
+    assert (whole.mean(0) < 0.97).all()                                        # and is not always R_1: the order is random
+
+
+@pytest.mark.parametrize("grid, N, min_patches", [((14, 14), 5, 10), ((8, 8), 5, 8), ((15, 9), 5, 10), ((28, 28), 7, 10)])
+def test_random_regions_take_the_first_free_place_or_the_freest(grid, N, min_patches, monkeypatch):
+    """The same places, gone through one by one; the order is random, so regions are compared as a set."""
+    drawn, place = [], regions._place
+    monkeypatch.setattr(regions, "_place", lambda *args: drawn.append(place(*args)) or drawn[-1])
+    rank = random_regions(40, grid, N, min_patches).numpy()
+    cut = 0
+    for b, blocks in enumerate(drawn[0].numpy()):
+        taken, expected = np.zeros(grid, bool), set()
+        for places in blocks:
+            best = min(places, key=lambda block: (block & taken).sum())
+            cut += (best & taken).any()
+            best = best & ~taken
+            if best.sum() >= min_patches:
+                taken |= best
+                expected.add(best.tobytes())
+        assert {(rank[b] == k).tobytes() for k in range(1, N) if (rank[b] == k).any()} == expected
+    assert 0 < cut < 40 * (N - 1)
+
+
+def test_random_blocks_lie_anywhere_with_equal_chance():
+    rank = random_regions(8000, (6, 7), 2, min_patches=1).numpy() == 1
+    rows, columns = rank.any(2), rank.any(1)
+    for h, w in target_sizes(6, 7):
+        of_size = (rows.sum(1) == h) & (columns.sum(1) == w)
+        place = rows.argmax(1)[of_size] * (8 - w) + columns.argmax(1)[of_size]
+        assert chisquare(np.bincount(place, minlength=(7 - h) * (8 - w))).pvalue > 1e-3
+
+
+def test_random_regions_on_grids_too_small_for_them():
+    assert (random_regions(4, (4, 4), 5) == 5).all()                           # blocks of 2 to 4 patches, 10 needed
+    assert random_regions(3, (1, 1), 5, min_patches=1).shape == (3, 1, 1)
+
+
+def test_same_generator_seed_same_blocks():
+    draw = lambda seed: [random_regions(8, (14, 14), 5, generator=torch.Generator().manual_seed(seed)),
+                         *multi_block(8, (14, 14), generator=torch.Generator().manual_seed(seed)),
+                         reorder(torch.arange(1, 6).view(1, 1, 5).repeat(50, 1, 1), 5, "random", torch.Generator().manual_seed(seed))]
+    torch.manual_seed(5)
+    first, state = draw(1), torch.get_rng_state()
+    torch.manual_seed(6)
+    assert all(map(torch.equal, first, draw(1))) and not any(map(torch.equal, first, draw(2)))
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), state)                           # the global generator was not drawn from
+
+
+# ---- I-JEPA's masks
+
+@pytest.mark.parametrize("grid, B", [((14, 14), 16), ((8, 8), 16), ((9, 15), 16), ((14, 14), 1), ((8, 8), 1)])
+def test_multi_block_masks_are_those_of_a_slow_sampler(grid, B):
+    """Sizes by the slow sampler; contexts by trying every place: block less targets, cut in raster order."""
+    H, W = grid
+    for seed in range(25):
+        u = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+        context, targets = (m.numpy() for m in multi_block(B, grid, generator=torch.Generator().manual_seed(seed)))
+        assert context.shape == (B, H, W) and targets.shape == (B, 4, H, W)
+        assert not (context & targets.any(1)).any()
+        size = slow_size(u[0], (0.15, 0.2), (0.75, 1.5), H, W)
+        assert all(box(t) == (size, True) for image in targets for t in image)
+        h, w = slow_size(u[1], (0.85, 1.0), (1.0, 1.0), H, W)
+        counts, uncut = context.sum((1, 2)), []
+        assert len(set(counts.tolist())) == 1 and counts[0] >= 10
+        for b in range(B):
+            lengths = []
+            for top, left in itertools.product(range(H - h + 1), range(W - w + 1)):
+                block = np.zeros(grid, bool)
+                block[top:top + h, left:left + w] = True
+                block &= ~targets[b].any(0)
+                if np.array_equal(block & (block.cumsum().reshape(grid) <= counts[0]), context[b]):
+                    lengths.append(block.sum())
+            uncut.append(min(lengths))
+        assert min(uncut) == counts[0]
+
+
+def test_target_blocks_lie_anywhere_with_equal_chance():
+    _, targets = multi_block(800, (14, 14))
+    rows, columns = targets.any(3).flatten(0, 1), targets.any(2).flatten(0, 1)
+    h, w = int(rows[0].sum()), int(columns[0].sum())
+    place = rows.long().argmax(1) * (15 - w) + columns.long().argmax(1)
+    assert chisquare(torch.bincount(place, minlength=(15 - h) * (15 - w)).numpy()).pvalue > 1e-3
+
+
+def fewest_context(grid, min_patches):
+    return min(multi_block(64, grid, generator=torch.Generator().manual_seed(seed), min_patches=min_patches)[0][0].sum() for seed in range(20))
+
+
+def test_contexts_have_min_patches_where_chance_alone_would_not():
+    assert fewest_context((8, 8), 1) < 10 <= fewest_context((8, 8), 10)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (2, 3), (3, 3), (4, 4), (5, 2)])
+def test_context_is_never_empty_while_a_patch_is_free(grid):
+    for seed in range(100):
+        context, targets = multi_block(16, grid, generator=torch.Generator().manual_seed(seed))
+        free = ~targets.any(1)
+        assert torch.equal(context.flatten(1).any(1), free.flatten(1).any(1)) and not (context & ~free).any()
+
+
+def test_context_falls_back_to_any_free_patch(monkeypatch):
+    """One draw only, on 2x2 patches: the context block is a single patch, often a target; others may be free."""
+    monkeypatch.setattr(regions, "TRIES", 1)
+    context, targets = multi_block(500, (2, 2), min_patches=1)
+    free = (~targets.any(1)).flatten(1).sum(1)
+    assert (free == 0).any() and (free == 1).any()
+    assert torch.equal(context.flatten(1).sum(1), free.clamp(max=1))
+
+
+# ---- orders
+
+RANK = torch.tensor([[[4, 4, 5, 1, 1],
+                      [5, 5, 5, 1, 1],
+                      [2, 2, 5, 5, 5],
+                      [2, 2, 5, 3, 5]]])                  # centres (row, column): R1 (.5, 3.5), R2 (2.5, .5), R3 (3, 3), R4 (0, .5)
+
+
+def renamed(rank, names):
+    return torch.tensor([0, *names])[rank]
+
+
+def test_discriminative_order_changes_nothing():
+    assert torch.equal(reorder(RANK, 5, "discriminative"), RANK)
+
+
+def test_truncated_keeps_three_regions():
+    assert torch.equal(reorder(RANK, 5, "truncated"), renamed(RANK, [1, 2, 3, 0, 0]))
+    assert torch.equal(reorder(RANK.clamp(max=3), 3, "truncated"), RANK.clamp(max=3))
+
+
+def test_spatial_order_by_hand():
+    """Patches of the centres, halves up: R1 (1, 4), R2 (3, 1), R3 (3, 3), R4 (0, 1). So R4, R1, R2, R3."""
+    assert torch.equal(reorder(RANK, 5, "spatial"), renamed(RANK, [2, 3, 4, 1, 5]))
+    without_first = renamed(RANK, [5, 2, 3, 4, 5])        # R4, R2, R3 take ranks 1, 2, 3
+    assert torch.equal(reorder(without_first, 5, "spatial"), renamed(RANK, [5, 2, 3, 1, 5]))
+    halves_go_up = torch.tensor([[[3, 3, 1], [2, 3, 1]]])  # R1 (.5, 2) counts as row 1, as R2 (1, 0) does
+    assert reorder(halves_go_up, 3, "spatial").tolist() == [[[3, 3, 2], [1, 3, 2]]]
+    same_row = torch.tensor([[[3, 2, 4, 1]]])
+    assert reorder(same_row, 4, "spatial").tolist() == [[[1, 2, 4, 3]]]
+    same_centre = torch.tensor([[[2, 1, 2], [3, 3, 3]]])  # a tie: the better score stays first
+    assert torch.equal(reorder(same_centre, 3, "spatial"), same_centre)
+
+
+def test_random_order_permutes_the_present_regions_evenly():
+    rank = renamed(RANK, [1, 2, 3, 5, 5]).repeat(6000, 1, 1)
+    rank[::2] = renamed(rank[::2], [2, 4, 3, 5, 5])       # the same regions under names with a gap
+    new = reorder(rank, 5, "random")
+    assert torch.equal(new == 5, rank == 5)
+    names = new[:, [0, 2, 3], [3, 0, 3]]                  # one patch of each region
+    assert torch.equal(names.sort(1).values, torch.tensor([1, 2, 3]).repeat(6000, 1))
+    for i, (r, c) in enumerate([(0, 3), (2, 0), (3, 3)]):
+        assert torch.equal(new == names[:, i, None, None], rank == rank[:, r, c][:, None, None])
+    counts = torch.bincount(names[:, 0] * 3 + names[:, 1], minlength=12)[[5, 6, 7, 9, 10, 11]]
+    assert counts.sum() == 6000 and chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_mean_steps_by_hand():
+    five = torch.arange(1, 6).view(1, 1, 5)
+    one_region, only_rest, truncated = torch.tensor([[[1, 1, 5, 5, 5]]]), torch.full((1, 1, 5), 5), five * (five <= 3)
+    for rank, steps in [(five, 4), (one_region, 1), (only_rest, 0), (truncated, 2), (five * 0, 0)]:
+        assert mean_steps(rank, 5).item() == steps
+    assert mean_steps(torch.cat([five, one_region, only_rest]), 5).item() == pytest.approx(5 / 3)
+
+
+# ---- devices
+
+def run_everything(device):
+    """Each function once, on random input: what it returns."""
+    saliency = min_max(cls_similarity(torch.randn(6, 32, device=device), torch.randn(6, 70, 32, device=device))).view(6, 7, 10)
+    ranks = [discriminative_regions(saliency, 5, rule, 3) for rule in RULES] + [random_regions(6, (7, 10), 5, 3, device)]
+    orders = [reorder(rank, 5, order) for rank in ranks for order in regions.ORDERS]
+    tokens = torch.randn(6, 70, 8, device=device)
+    level = (255 * saliency).long().flatten(1)
+    return [saliency, *ranks, *orders, *[mean_steps(rank, 5) for rank in ranks], *multi_block(6, (7, 10), device, min_patches=3),
+            grad_cam(tokens, tokens), otsu(level, level > 3), components(saliency > 0.5)]
+
+
+def test_nothing_depends_on_data_on_the_host():
+    """Fake tensors hold no data: whatever reads a value, branches on it or shapes by it, raises."""
+    real = run_everything(None)
+    with FakeTensorMode():
+        fake = run_everything(None)
+        with pytest.raises(DataDependentOutputException):
+            (fake[0] > 0.5).any().item()
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
+
+
+def test_caller_s_tensors_are_not_modified():
+    saliency = noise_maps("blurred", 3, (14, 14))
+    rank = discriminative_regions(saliency, 5, "otsu-refill")
+    copies = saliency.clone(), rank.clone()
+    discriminative_regions(saliency, 5, "otsu")
+    components(rank)
+    for order in regions.ORDERS:
+        reorder(rank, 5, order)
+    assert torch.equal(saliency, copies[0]) and torch.equal(rank, copies[1])
