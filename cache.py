@@ -2,8 +2,9 @@
 
 `cached(path, key, shape, dtype, fill)` returns a memory-mapped array. The first time, `fill` writes it
 batch by batch into a temporary file that takes its final name only when complete, so no half-written array
-is ever read. Beside `x.npy` lies `x.json` with the `key`: what the array was made from. When the
-key no longer fits (a changed folder, another size) the array is made again.
+is ever read; what a killed process left of one goes when the next array is made. Beside `x.npy` lies `x.json`
+with the `key`: what the array was made from. When the key no longer fits (a changed folder, another size) the
+array is made again.
 
 The 3DIEBench pack, which takes hours, is `resumable`: the unfinished `x.npy.part` stays, `x.npy.progress` says how many of
 its rows are on the disk and for which key, and the next run goes on from there.
@@ -18,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import BadInput
+from runs import collect_parts, part_of, save_atomically
 
 
 def cached(path, key, shape, dtype, fill, what, resumable=False):
@@ -40,9 +42,9 @@ def cached(path, key, shape, dtype, fill, what, resumable=False):
 
 def _make(path, key, fill, what):
     _make_room(path, _size(key))
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
-        array = _map(part, "w+", key)
+        array = _reserve(part, path, key)
         with tqdm(total=len(array), desc=what, unit="row", leave=False) as bar:
             for done in fill(array):
                 bar.update(done - bar.n)
@@ -107,20 +109,24 @@ def _publish(part, path, key):
 
 
 def _write_json(path, value):
-    """Whole or not at all, even if the machine loses power."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1)))
 
 
 def _map(path, mode, key):
     return np.lib.format.open_memmap(path, mode=mode, dtype=key["dtype"], shape=tuple(key["shape"]))
+
+
+def _reserve(part, path, key):
+    """_map a new file whose room on the disk is taken: to write to one that finds none kills the process (SIGBUS), without a word."""
+    try:
+        array = _map(part, "w+", key)
+        if hasattr(os, "posix_fallocate"):               # not on macOS
+            with open(part, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        return array
+    except OSError as error:
+        raise BadInput(f"{path}: no room for {_size(key) / 1e9:.3g} GB ({error.strerror}); "
+                       "make room or choose another --data-dir") from None
 
 
 def _size(key):
@@ -151,6 +157,7 @@ def _fresh(path, key):
 def _make_room(path, size):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        collect_parts(path.parent)                       # before asking how much room there is
         free = shutil.disk_usage(path.parent).free
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(f"no permission to write in {path.parent}")

@@ -157,7 +157,7 @@ class Config:
     probe_every: int = _flag(0, "online probes every K epochs; 0 = never", flag_metavar="K")
     out: str = _flag("runs", "folder of runs", flag_metavar="DIR")
     name: str = _flag("", "folder of this run inside --out; default: DATASET-MODE[-CONDITION]")
-    resume: bool = _flag(False, "continue the run of this name exactly where it stopped")
+    resume: bool = _flag(False, "continue the run of this name exactly where it stopped; begin it if it has no checkpoint yet")
 
     @property
     def view_size(self):

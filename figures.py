@@ -349,6 +349,6 @@ def _bare(axes):
 
 
 def _save(figure, path):
-    figure.savefig(path, dpi=110)
+    runs.save_atomically(Path(path), lambda part: figure.savefig(part, dpi=110, format="png"))
     plt.close(figure)
     return path

@@ -49,8 +49,8 @@ def draw_regions(model, views, config, path, count=6):
     figure, axes = plt.subplots(count, 6, figsize=(12.5, 2.05 * count), layout="constrained", squeeze=False)
     for i, axis in enumerate(axes):
         axis[0].imshow(pixels[i])
-        axis[1].imshow(saliency[i].unflatten(0, grid), cmap="magma")
-        axis[2].imshow(mask[i].unflatten(0, grid), cmap="gray", vmin=0, vmax=1)
+        axis[1].imshow(saliency[i].unflatten(0, grid).numpy(), cmap="magma")
+        axis[2].imshow(mask[i].unflatten(0, grid).numpy(), cmap="gray", vmin=0, vmax=1)
         for a, rank in ((axis[3], ranks[0][i]), (axis[4], ranks[1][i])):
             _overlay(a, pixels[i], rank, {k: CYCLE[k - 1] for k in range(1, N)} | {N: REST}, {N: "rest"})
         _overlay(axis[5], pixels[i], blocks[i], {1: BLUE, 2: ORANGE, 3: GREEN, 4: RED, 5: PINK}, {1: "context", **{k: f"{k - 1}" for k in range(2, 6)}})
@@ -68,7 +68,7 @@ def _overlay(axis, pixels, labels, colours, names):
     for label, colour in colours.items():
         shade[labels == label] = torch.tensor([*plt.matplotlib.colors.to_rgb(colour), 0.55])
     axis.imshow(pixels)
-    axis.imshow(shade.repeat_interleave(side, 0).repeat_interleave(side, 1))
+    axis.imshow(shade.repeat_interleave(side, 0).repeat_interleave(side, 1).numpy())
     for label in colours:
         places = (labels == label).nonzero().float()
         if len(places):
@@ -77,22 +77,22 @@ def _overlay(axis, pixels, labels, colours, names):
                       bbox=dict(boxstyle="round,pad=0.15", facecolor="black", alpha=0.6, linewidth=0))
 
 
-@torch.inference_mode()
 def draw_steps(model, views, config, path):
     """Mean prediction loss of R_2 ... R_N and the number of images that have each, salient regions only (Fig. 4)."""
     losses, images = step_losses(model, views, config)
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
     names = [f"R_{k + 2}" if k + 2 < config.region_count else "rest" for k in range(len(losses))]
-    bars = axis.bar(names, losses.nan_to_num(0), color=BLUE)
+    bars = axis.bar(names, losses.nan_to_num(0).tolist(), color=BLUE)
     axis.bar_label(bars, [f"{n:,}" for n in images.tolist()], fontsize=8)
-    axis.set(xlabel="predicted region (number of images that have it above)", ylabel="smooth-L1 loss", ylim=(0, 1.15 * losses.nan_to_num(0).max()),
+    axis.set(xlabel="predicted region (number of images that have it above)", ylabel="smooth-L1 loss", ylim=(0, 1.15 * losses.nan_to_num(0).max().item()),
              title=f"Prediction loss per step, {config.regions} (as Fig. 4)")
     return _save(figure, path)
 
 
+@torch.no_grad()
 def step_losses(model, views, config):
     """(mean loss (N-1,), images (N-1,)) of each step over up to STEP_IMAGES images; NaN where no image has the step."""
-    total, count = torch.zeros(2, config.region_count - 1, dtype=torch.float64)
+    total, count = (torch.zeros(config.region_count - 1, dtype=torch.float64) for _ in range(2))
     for index in _spread(views, min(STEP_IMAGES, len(views))).split(64):
         images = views.clean(index)
         batch = views(index)._replace(views=images[:, None])

@@ -2,15 +2,20 @@
 
     config.json   the settings            metrics.csv   one line an epoch
     last.pt       all that --resume needs encoder.pt    f_theta alone, a plain state dict
-    curves.png    metrics.csv, drawn
+    previous.pt   the last.pt before it   curves.png    metrics.csv, drawn
 
-Checkpoints hold tensors, numbers and strings only and are read with weights_only=True: loading one never
-runs code. Checked in tests/test_runs.py.
+A process may be killed at any instant: every file is written under another name, NAME.HOST-PID.part, and renamed when
+whole. Checkpoints hold tensors, numbers and strings only and are read with weights_only=True: loading one never runs code.
+Checked in tests/test_runs.py and, by kill -9, in tests/test_kill.py.
 """
 import csv
 import dataclasses
 import json
 import os
+import platform
+import re
+import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,30 +26,84 @@ FORMAT, VERSION = "seq-jepa checkpoint", 1
 MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out", "probe_every"}   # between a run and its --resume
 
 
-def save_atomically(path, write):
-    """Call write(temporary path), flush it to disk, then rename it to `path` in one step."""
-    part = path.with_name(path.name + ".part")
+# ---------------------------------------------------------------- whole files or none
+
+def save_atomically(path, write, keep=None):
+    """Call write(temporary path), flush it to disk, then rename it to `path` in one step.
+
+    keep: a path that what was at `path` before gets as its second name.
+    Raises: OSError, naming `path`, if it cannot be written; what was there before stays."""
+    part = part_of(path)
     try:
         write(part)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        if keep and path.exists():
+            _link(path, keep)
         os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)              # a failed write names no file, a failed open the temporary one
+        raise
     finally:
         part.unlink(missing_ok=True)
 
 
+def _link(path, keep):
+    """Let `keep` name the file at `path` too; nothing is copied, and at no moment has it no name."""
+    part = part_of(keep)
+    try:
+        os.link(path, part)
+        os.replace(part, keep)
+    except OSError:                             # a file system without hard links: it is `path` that has no file for a moment
+        os.replace(path, keep)
+    finally:
+        part.unlink(missing_ok=True)            # still there if both were one file already: a rename does nothing then
+
+
+def part_of(path):
+    """The name under which this process, and no other, writes what will be `path`."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+
+
+def collect_parts(folder):
+    """Remove what killed processes of this machine left half-written in `folder`; what living ones write is left alone."""
+    for part in folder.glob("*.part"):
+        writer = re.fullmatch(rf".*\.{re.escape(platform.node())}-(\d+)\.part", part.name)
+        if writer and not _alive(int(writer[1])):
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid):
+    if os.name != "posix":
+        return True                             # elsewhere signal 0 is no question but Ctrl-C
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:                     # another user's
+        pass
+    return True
+
+
+# ---------------------------------------------------------------- the run and its checkpoints
+
 def open_run(config):
     """Check that the run may start: returns its checkpoint if --resume, else None. Nothing is written yet.
 
-    A folder without a checkpoint, left by a run that died at once, may be used again.
-    Raises: BadInput if the run exists without --resume, or --resume finds another run's settings."""
+    A folder without a checkpoint, left by a run that died at once, may be used again, and --resume begins at step 0
+    where there is no checkpoint yet: a job that a scheduler starts again and again has one command line.
+    Raises: BadInput if the run exists without --resume, or --resume finds another run's settings or a damaged checkpoint."""
     folder = config.run_dir
+    exists = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
     if not config.resume:
-        if (folder / "last.pt").exists():
+        if exists:
             raise BadInput(f"{folder}: this run exists already; continue it with --resume, choose another --name, or delete it")
         return None
+    if not exists:
+        print(f"--resume: {folder} has no checkpoint yet, beginning at step 0")
+        return None
     checkpoint = load_checkpoint(folder / "last.pt")
-    before, now = checkpoint["config"], dataclasses.asdict(config)
+    before, now = dataclasses.asdict(Config()) | checkpoint["config"], dataclasses.asdict(config)   # settings newer than it: their defaults
     changed = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} {before[k]} (now {now[k]})" for k in changed)
@@ -53,18 +112,38 @@ def open_run(config):
 
 
 def create_run(config):
-    """Make the folder and write config.json."""
+    """Make the folder, or clear it of what a killed process left half-written, and write config.json."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    collect_parts(config.run_dir)
     text = json.dumps(dataclasses.asdict(config), indent=1)
     save_atomically(config.run_dir / "config.json", lambda part: part.write_text(text + "\n"))
 
 
 def save_checkpoint(config, model, optimizer, step, meters):
-    """Write last.pt and encoder.pt.  step: optimiser steps done.  meters: what an unfinished epoch has summed up."""
+    """Write encoder.pt and last.pt, whose predecessor becomes previous.pt.
+
+    step: optimiser steps done.  meters: what an unfinished epoch has summed up.
+    Raises: BadInput if the disk is full or the like; the checkpoint before stays last.pt."""
+    folder = config.run_dir
     state = dict(format=FORMAT, version=VERSION, config=dataclasses.asdict(config), step=step, meters=meters,
                  model=model.state_dict(), optimizer=optimizer.state_dict())
-    save_atomically(config.run_dir / "last.pt", lambda part: torch.save(state, part))
-    save_atomically(config.run_dir / "encoder.pt", lambda part: torch.save(model.encoder.state_dict(), part))
+    try:                                        # encoder.pt first: once last.pt says that the run is done, nothing may be missing
+        save_atomically(folder / "encoder.pt", lambda part: _torch_save(model.representation.state_dict(), part))
+        save_atomically(folder / "last.pt", lambda part: _torch_save(state, part), keep=folder / "previous.pt")
+    except OSError as error:
+        last = folder / "last.pt"
+        kept = f"{last}, the checkpoint before, is kept" if last.exists() else "there was no checkpoint before"
+        raise BadInput(f"{error.filename}: step {step} could not be saved ({error.strerror or error}); {kept}: "
+                       "mend this, then --resume") from None
+
+
+def _torch_save(state, path):
+    """torch.save that reports a full disk as OSError; by itself it reports that its positions in the file do not add up."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load_checkpoint(path):
@@ -73,17 +152,41 @@ def load_checkpoint(path):
     Raises: BadInput if it is absent, damaged, not ours, or of another version."""
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"{path}: no checkpoint there; expected the last.pt of a run")
+        raise BadInput(f"{path}: no checkpoint there; {_advice(path)}")
     try:
+        _verify(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                  # what torch.load raises on a damaged or foreign file has no common type
         why = "contains more than tensors" if "Unsupported" in str(error) or "Weights only" in str(error) else "is damaged"
-        raise BadInput(f"{path}: {why} and was not loaded; expected the last.pt of a run of this project") from None
+        raise BadInput(f"{path}: {why} and was not loaded; {_advice(path)}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise BadInput(f"{path}: not a checkpoint of this project; expected the last.pt of a run")
-    if checkpoint["version"] != VERSION:
-        raise BadInput(f"{path}: checkpoint version {checkpoint['version']}, this code reads {VERSION}; use the code it was made with")
+    if checkpoint.get("version") != VERSION:
+        raise BadInput(f"{path}: checkpoint version {checkpoint.get('version')}, this code reads {VERSION}; use the code it was made with")
     return checkpoint
+
+
+def _verify(path):
+    """Raise if a single bit of a checkpoint, which is a zip file, has changed anything in it.
+
+    torch.load does not look at the checksums, and does not read at all, but leaves whatever was in memory, what is marked as a
+    folder. A third of a second for 500 MB."""
+    if zipfile.is_zipfile(path):                # if not, torch.load will say so
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() or any(record.external_attr for record in file.infolist()):
+                raise zipfile.BadZipFile
+
+
+def _advice(path):
+    """What to do where a checkpoint cannot be loaded."""
+    previous = path.with_name("previous.pt")
+    if path.name != "last.pt" or not previous.is_file():
+        return "expected the last.pt of a run of this project"
+    try:
+        load_checkpoint(previous)
+    except BadInput:
+        return f"nor can {previous} be, the checkpoint before it; delete the run and start it again"
+    return f"the checkpoint before it is intact: mv {previous} {path}, then --resume"
 
 
 def config_of(checkpoint, **changes):
@@ -91,14 +194,21 @@ def config_of(checkpoint, **changes):
     return dataclasses.replace(Config(**checkpoint["config"]), **changes)
 
 
+# ---------------------------------------------------------------- metrics.csv
+
 def append_metrics(path, row):
     """Add one line to metrics.csv; the first line names the columns."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    def write(part):
+        new = not path.exists()
+        if not new:
+            shutil.copyfile(path, part)         # small, once an epoch
+        with open(part, "a", newline="") as file:
+            writer = csv.DictWriter(file, row, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    save_atomically(path, write)
 
 
 def read_metrics(path):
@@ -108,10 +218,14 @@ def read_metrics(path):
 
 
 def drop_metrics_after(path, step):
-    """Forget epochs that ended after `step`: a resumed run will write them again."""
+    """Forget epochs that ended after `step`, and a line cut short: a resumed run will write them again."""
     if not path.exists():
         return
-    header, *lines = path.read_text().splitlines(keepends=True)
-    column = header.strip().split(",").index("step")
-    kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[column]) <= step]
-    save_atomically(path, lambda part: part.write_text("".join([header, *kept])))
+    header, *lines = path.read_text().splitlines(keepends=True) or [""]
+    lines = [line for line in lines if line.endswith("\n")]
+    column = header.strip().split(",").index("step") if lines else None
+    kept = [line for line in lines if int(line.split(",")[column]) <= step]
+    if kept:
+        save_atomically(path, lambda part: part.write_text("".join([header, *kept])))
+    else:
+        path.unlink()                           # the first line to come will bring its header

@@ -1,7 +1,11 @@
 """cache.py: an array is made once, made again when it must be, and never left half-made."""
 import collections
+import errno
 import json
 import os
+import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -142,6 +146,23 @@ def test_killed_between_its_two_renames_no_key_vouches_for_the_wrong_array(path,
     np.testing.assert_array_equal(get(path, Maker(-WANTED), dict(KEY, files="new")), -WANTED)
 
 
+def test_parts_of_a_killed_process_go_when_the_next_array_is_made_and_those_of_a_living_one_stay(path):
+    path.parent.mkdir(parents=True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine = cache.part_of(path)
+    ours, key, theirs = (mine.with_name(mine.name.replace(str(os.getpid()), str(pid)).replace("x.npy", name))
+                         for pid, name in ((dead.pid, "old.npy"), (dead.pid, "old.json"), (os.getppid(), "x.npy")))
+    unfinished = path.with_name("y.npy.part")                       # of a resumable array
+    for part in (ours, key, theirs, unfinished):
+        part.write_text("half")
+    get(path, Maker())
+    assert names(path) == sorted(["x.json", "x.npy", theirs.name, unfinished.name])
+    ours.write_text("half")
+    get(path, Maker())                                              # nothing to make: a reader does not tidy up
+    assert ours.exists()
+
+
 # ---------------------------------------------------------------- resumable
 
 class Resumable:
@@ -215,6 +236,25 @@ def test_room_is_checked_before_anything_is_written(path, monkeypatch, free, eno
     assert maker.calls == enough and names(path) == ["x.json", "x.npy"] * enough
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved here")
+def test_room_is_taken_before_rows_are_written_so_that_a_full_disk_is_one_line(path, monkeypatch):
+    """A mapped file that finds no room later ends the process by SIGBUS."""
+    asked = []
+
+    def full(_, start, size):
+        asked.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "posix_fallocate", full)
+    maker = Maker()
+    with pytest.raises(BadInput, match=r"x.npy: no room for .* GB \(No space left on device\); make room or choose another --data-dir"):
+        get(path, maker)
+    assert maker.calls == 0 and names(path) == [] and asked == [WANTED.nbytes + 128]
+    monkeypatch.undo()
+    get(path, maker)
+    assert path.stat().st_blocks * 512 >= WANTED.nbytes
+
+
 def test_full_disk_does_not_hinder_reading_what_is_there(path, monkeypatch):
     get(path, Maker())
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: Usage(10**6, 10**6, 0))
@@ -258,6 +298,23 @@ def test_what_is_no_readable_array_is_named_in_one_line(tmp_path, write):
     with pytest.raises(BadInput, match="maps.npy") as caught:
         cache.open_array(file)
     assert "\n" not in str(caught.value)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def test_an_array_that_carries_code_does_not_run_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("maps.npy", np.array([Trap()], dtype=object), allow_pickle=True)
+    (tmp_path / "plain.npy").write_bytes(pickle.dumps(Trap()))
+    for name in ("maps.npy", "plain.npy"):
+        with pytest.raises(BadInput, match=name):
+            cache.open_array(tmp_path / name)
+        assert not (tmp_path / "sprung").exists()
+        np.load(name, allow_pickle=True)
+        (tmp_path / "sprung").rmdir()                               # loaded without our care, it does run
 
 
 def test_cache_path_tells_apart_all_that_can_be_cached_side_by_side(make_config):
