@@ -1,0 +1,221 @@
+"""Several processes train one model: what differs between one and many, so that the rest of the code need not ask.
+
+    torchrun --nproc-per-node 8 train.py ...        8 GPUs, one process each (gloo and the CPU where there are none)
+
+Every process ("rank") has the whole model and its share of every global batch; DDP averages the gradients. With one process
+nothing here does anything: ranks are 1, `gather` is the identity, `on_main` a call.
+
+Two kinds of traffic. Between hosts, through gloo: who is first, who failed, when to stop. Between devices: gradients,
+batch statistics, metrics; none of that makes a host wait for its device.
+Checked in tests/test_distributed.py: two processes give the gradients of one.
+"""
+import datetime
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from config import BadInput
+
+PATIENCE = datetime.timedelta(days=7)       # how long ranks wait while one prepares data or probes
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main():
+    """Whether this is rank 0: the one that prints, probes and writes files."""
+    return rank() == 0
+
+
+def local_rank():
+    """This process among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+
+
+def start():
+    """Join the other ranks, if torchrun started several. All but rank 0 lose their standard output."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        if not is_main():
+            sys.stdout = open(os.devnull, "w")
+
+
+def finish():
+    """Leave the other ranks in good order."""
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
+def own_device(device):
+    """This rank's device when the user asked for `device`: of a node's GPUs, one each."""
+    if world_size() == 1:
+        return device
+    if device.type == "mps" or device.index is not None:
+        raise BadInput(f"--device {device}: cannot be shared by {world_size()} processes; use cuda, one GPU each, or cpu")
+    if device.type == "cuda":
+        if local_rank() >= torch.cuda.device_count():
+            raise BadInput(f"--nproc-per-node: more processes than this node's {torch.cuda.device_count()} GPUs; lower it, or --device cpu")
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    return device
+
+
+_device_group = None                        # between devices; None is torch's default group, the one between hosts
+
+
+def connect(device):
+    """Open the way between the ranks' devices. Once, by all ranks together."""
+    global _device_group
+    if world_size() > 1 and device.type == "cuda":
+        _device_group = dist.new_group(backend="nccl")
+
+
+# ---------------------------------------------------------------- between hosts
+
+def everyone(value):
+    """[value of rank 0, value of rank 1, ...], on every rank. Any object that pickles."""
+    values = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def highest(*numbers):
+    """For each number the largest that any rank has: ranks decide as one. Called at every step, so no pickling."""
+    if world_size() == 1:
+        return numbers
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def on_main(call, *args):
+    """call(*args) on rank 0 while the others wait: its result on every rank, or its error raised on every rank."""
+    return everyone(_attempt(is_main(), call, args))[0]
+
+
+def in_turn(call, *args):
+    """call(*args) on every rank: rank 0 first, then the first rank of each other node, then the rest. Each gets its own result.
+
+    What the first ones download, decode or render the later ones find. An error of one is raised on all."""
+    mine = 0 if is_main() else 1 if local_rank() == 0 else 2
+    return [_attempt(turn == mine, call, args) for turn in range(3)][mine]
+
+
+def _attempt(mine, call, args):
+    """call(*args) where `mine`, else None. An error on one rank is raised on all."""
+    result = error = None
+    try:
+        result = call(*args) if mine else None
+    except (Exception, SystemExit) as caught:           # SystemExit: argparse's, or a signal's
+        error = caught
+    for failure in everyone(error):
+        if failure is not None:
+            raise failure
+    return result
+
+
+def first_failure(status):
+    """Told by a rank that is about to fail with this exit status: (whether it is the first, the first one's status).
+
+    The first one alone says why. The others fail too, at the latest when they find that they cannot reach it any more."""
+    if world_size() == 1:
+        return True, status
+    claim = f"{rank()} {status}"
+    try:
+        first = dist.distributed_c10d._get_default_store().compare_set("failed", "", claim).decode()
+    except RuntimeError:                                # the store is gone, and with it whoever was first
+        return False, status
+    return first == claim, int(first.split()[1])
+
+
+# ---------------------------------------------------------------- between devices
+
+class _Gather(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rows, ctx.group = len(x), _device_group
+        everything = x.new_empty(world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(everything, x.contiguous(), group=ctx.group)
+        return everything
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient[rank() * ctx.rows:][:ctx.rows]
+
+
+def gather(x):
+    """Rows of all ranks, in the order of the global batch: (b, ...) -> (B, ...), with gradient.
+
+    For what is not a mean over samples, such as batch statistics or covariances. The gradient of x is that of the *sum* of all
+    ranks' losses: another rank's loss depends on our x too. DDP then divides by the number of ranks, so what is minimised
+    is the mean of the ranks' losses; a term that all ranks compute alike counts once, as with one process."""
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+def average(values):
+    """Mean over ranks of {name: scalar tensor on the device}, in one message."""
+    if world_size() == 1:
+        return values
+    total = torch.stack([v.float() for v in values.values()])
+    dist.all_reduce(total, group=_device_group)
+    return dict(zip(values, total / world_size()))
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm1d and 2d with the statistics of the global batch, in train mode.
+
+    torch.nn.SyncBatchNorm refuses CPU tensors, so this could not be tested without several GPUs; nor does torch.compile fuse it."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        over = [d for d in range(x.dim()) if d != 1]
+        moments = torch.stack(torch.var_mean(x.float(), over, correction=0))
+        variances, means = gather(moments[None]).unbind(1)                   # (ranks, C); all shares are equally large
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)       # stable, unlike E[x^2] - E[x]^2
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * world_size()
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = (variance + self.eps).rsqrt() * (self.weight if self.affine else 1)
+        shift = (self.bias if self.affine else 0) - mean * scale
+        scale, shift = (v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
+        return torch.addcmul(shift, x, scale).to(x.dtype)                    # scale and shift are fp32 under autocast too
+
+    def _check_input_dim(self, x):
+        assert x.dim() >= 2, f"expected (B, C, ...), got {tuple(x.shape)}"
+
+
+def globalise_batchnorm(model):
+    """Let every BatchNorm of the model, in place, see the global batch. Parameters, buffers and their names stay."""
+    for module in model.modules():
+        if world_size() > 1 and isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.__class__ = GlobalBatchNorm
+
+
+def data_parallel(model):
+    """The model as a callable whose output's backward() averages gradients over ranks, as long as the callable lives.
+
+    Parameters and state dict remain `model`'s, without a prefix."""
+    if world_size() == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                       # torch 2.15 renames broadcast_buffers
+        return nn.parallel.DistributedDataParallel(model, process_group=_device_group,
+                                                   broadcast_buffers=False)  # they are equal on all ranks: GlobalBatchNorm
