@@ -145,7 +145,7 @@ def probe_transfer(train, val, setup):
     for M in train.z_agg:
         head, epochs = fit_head("linear classifier", train.z_agg[M], train.labels, len(setup.views["val"].classes), F.cross_entropy, setup)
         cost = multiply_adds(setup.model, setup.views["val"], M) / 1e9
-        yield row("transfer", "class", f"z_agg M={M}, {cost:.2f}e9 MAC an image", "linear classifier", epochs, "top-1 %",
+        yield row("transfer", "class", f"z_agg M={M}, {cost:.3g}e9 MAC an image", "linear classifier", epochs, "top-1 %",
                   accuracy(head, val.z_agg[M], val.labels)) | dict(gmac=cost, patch_size=setup.views["val"].patch_size)
 
 

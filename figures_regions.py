@@ -3,17 +3,23 @@
     draw_all(model, views, config, rows, dir)   regions.png    saliency, Otsu mask, ranked regions under both rules, I-JEPA's blocks
                                                 steps.png      prediction loss of step k (Fig. 4)
                                                 clusters.png   k-means of patch tokens (Figs. 6, 7)
-    draw_clusters(checkpoints, ...)             the same over the course of training: one column a checkpoint
 
-Called by evaluate.py --figures. Checked in tests/test_figures_regions.py.
+    python figures_regions.py runs/NAME/epoch-*.pt      clusters.png over the course of training, a column a checkpoint
+
+The rest is called by evaluate.py --figures. Checked in tests/test_figures_regions.py.
 """
+import argparse
+import sys
+
 import torch
 import torch.nn.functional as F
 
-from build import build_views, seed_all
+from build import build_model, build_views, seed_all
+from config import BadInput
 from dseq_jepa import sequential
 from figures import BLUE, CYCLE, GREEN, ORANGE, PINK, RED, _bare, _save, _spread, plt
 from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
+from runs import config_of, load_checkpoint
 
 STEP_IMAGES = 10_000            # as Fig. 4
 REST = "#BBBBBB"                # colour of R_N
@@ -149,3 +155,31 @@ def _photos(images, views):
     """Normalised (n, 3, H, W) on any device -> (n, H, W, 3) in [0, 1], NumPy."""
     images = images * views.std.view(3, 1, 1) + views.mean.view(3, 1, 1)
     return images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def main(argv=None):
+    """Draw clusters.png of several checkpoints of one run, a column each. Exit status 0, or 2 for bad input."""
+    p = argparse.ArgumentParser(prog="figures_regions.py", description="Patch clusters over the course of training (Figs. 6, 7).")
+    p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="epoch-*.pt and last.pt of a run trained with --keep-every K")
+    p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
+    p.add_argument("--out", metavar="FILE", default="clusters.png", help="default: clusters.png")
+    options = p.parse_args(argv)
+    try:
+        models = []
+        for path in options.checkpoints:
+            checkpoint = load_checkpoint(path)
+            config = config_of(checkpoint, **({"data_dir": options.data_dir} if options.data_dir else {}))
+            if config.mode != "regions":
+                raise BadInput(f"{path}: was trained in mode {config.mode}; expected a checkpoint of mode regions")
+            model = build_model(config, {})
+            model.load_state_dict(checkpoint["model"])
+            models.append((model, f"step {checkpoint['step']:,}"))
+        print(f"drew {draw_clusters(models, build_views(config, 'val', torch.device('cpu')), config, options.out)}")
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

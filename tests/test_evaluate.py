@@ -4,7 +4,9 @@ import json
 import pytest
 import torch
 
+import datasets
 import evaluate
+import figures
 import runs
 import train
 from build import build_model, build_views
@@ -93,6 +95,7 @@ def test_table_is_aligned_and_says_what_is_missing():
     (["--image-size", "40"], "--image-size and --patch-size: only with --probe transfer"),
     (["--probe", "transfer", "--dataset", "folder", "--figures", "--image-size", "40", "--patch-size", "8"], "--figures: shows the run's own data"),
     (["--json", "nowhere/x.json"], "--json nowhere/x.json: its folder does not exist"),
+    (["--json", "/"], "--json /: is a folder"),
     (["--limit", "-5"], "--limit at least 0"),
     (["--views", "0"], "--views 0: M_val must be at least 1"),
     (["--samplings", "0"], "--samplings must be at least 1"),
@@ -118,6 +121,11 @@ def test_transfer_probes_another_data_set(trained, photos, tmp_path):
     assert evaluate.main([str(run / "last.pt"), *flags, "--views", "1", "3", "--probe-epochs", "2", "--samplings", "1"]) == 0
     result = json.loads((run / "probes-transfer-folder.json").read_text())
     assert [r["probe"] for r in result["rows"]] == ["transfer"] * 2 and result["n_train"] + result["n_val"] == 30
+    assert (result["dataset"], result["classes"]) == ("folder", 3)
+    one, three = result["rows"]                             # what draw_transfer reads
+    assert one["patch_size"] == three["patch_size"] == 10 and one["gmac"] < three["gmac"] < 3 * one["gmac"]
+    assert f"M=3, {three['gmac']:.3g}e9 MAC" in three["from"]
+    assert figures.draw_transfer([run / "probes-transfer-folder.json"], tmp_path / "transfer.png").exists()
 
 
 def test_multiply_adds_are_those_of_b6():
@@ -142,6 +150,72 @@ def test_more_views_than_renders_is_refused(trained, capsys):
     run = trained("rotation")
     assert evaluate.main([str(run / "last.pt"), "--views", "4"]) == 2
     assert "--views 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lengths", [["--views", "1", "4"], []])               # the paper's lengths, 1 3 5, are too many as well
+def test_more_views_than_renders_is_refused_before_anything_is_rendered(lengths, trained, tmp_path, monkeypatch, capsys):
+    run = trained("rotation")
+    capsys.readouterr()
+    monkeypatch.setattr(evaluate, "build_views", lambda *_: pytest.fail("data was prepared first"))
+    assert evaluate.main([str(run / "last.pt"), *lengths, "--data-dir", str(tmp_path / "elsewhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --views ") and error.count("\n") == 1 and "an object has 4" in error
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def saved_with(run, **config):
+    """The run's checkpoint, as if it had been trained with these settings."""
+    checkpoint = load_checkpoint(run / "last.pt")
+    torch.save(checkpoint | dict(config=checkpoint["config"] | config), run / "last.pt")
+    return str(run / "last.pt")
+
+
+@pytest.mark.parametrize("dataset, words", [("stl10", "train_X.bin: not found"), ("cifar10", "no intact cifar10 there"),
+                                            ("tiny-imagenet", "tiny-imagenet-200: not found"), ("3diebench", "train_images.npy: not found")])
+def test_data_of_another_kind_is_refused_and_nothing_is_fetched(dataset, words, trained, photos, monkeypatch, capsys):
+    """--data-dir names a folder of photos, the run was trained on something else."""
+    checkpoint = saved_with(trained("saccade"), dataset=dataset)
+    monkeypatch.setattr(datasets, "_download", lambda *_, **__: pytest.fail("a download was started"))
+    capsys.readouterr()
+    assert evaluate.main([checkpoint, "--data-dir", str(photos)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error and str(photos) in error
+
+
+def test_classes_of_the_data_are_said(trained, tmp_path, capsys):
+    """A folder of other classes is no error (heads are trained on it), but a reader must see it."""
+    from PIL import Image
+    run = trained("saccade")
+    for i in range(30):
+        (tmp_path / "other" / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (80 * (i % 3), i, 0)).save(tmp_path / "other" / f"class{i % 3}" / f"{i}.png")
+    flags = ["--data-dir", str(tmp_path / "other"), "--views", "1", "--samplings", "1", "--probe-epochs", "1"]
+    assert evaluate.main([str(run / "last.pt"), *flags]) == 0
+    assert "27 training and 3 validation samples of 3 classes" in capsys.readouterr().out
+    assert json.loads((run / "probes.json").read_text())["classes"] == 3
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("sprung",)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: torch.save(load_checkpoint(path) | dict(version=runs.VERSION + 1), path),
+     f"checkpoint version {runs.VERSION + 1}, this code reads"),
+    (lambda path: torch.save(load_checkpoint(path) | dict(model=Trap()), path), "contains more than tensors"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "is damaged"),
+    (lambda path: path.write_bytes((path.parent / "encoder.pt").read_bytes()), "not a checkpoint of this project"),
+    (lambda path: path.unlink(), "no checkpoint there"),
+])
+def test_unusable_checkpoint_is_one_line_and_status_2(damage, words, trained, capsys):
+    run = trained("saccade")
+    damage(run / "last.pt")
+    capsys.readouterr()
+    assert evaluate.main([str(run / "last.pt")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err and str(run) in captured.err
+    assert captured.out == "" and not (run / "probes.json").exists()
 
 
 def test_all_heads_beat_noise_on_informative_features(make_config):

@@ -1,6 +1,8 @@
 """Figures are drawn from plain files and features, in every case that can occur; the report needs nothing else."""
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,12 +62,83 @@ def test_nearest_neighbours_are_the_nearest(tmp_path, monkeypatch):
     assert words[4] == "e" and {w[0] for w in words[5:7]} == {"d", "f"}
 
 
-def test_pca_finds_the_two_directions_of_most_variance():
+def test_pca_finds_the_two_directions_of_most_variance(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)          # importing it fails, installed or not
     x = torch.randn(200, 2) @ torch.tensor([[5.0, 0, 0, 0], [0, 2, 0, 0]]) + 3
     points, name = figures.project(x)
-    if name.startswith("PCA"):
-        assert sorted(points.std(0) / x.std(0)[:2].numpy()[[0, 1]]) == pytest.approx([1, 1], rel=0.05)
-    assert points.shape == (200, 2)
+    assert name == "PCA (umap-learn is not installed)" and points.shape == (200, 2)
+    assert sorted(points.std(0) / x.std(0)[:2].numpy()[[0, 1]]) == pytest.approx([1, 1], rel=0.05)
+
+
+class FakeUMAP:
+    """Stands in for umap-learn, which the tests must not need: the first two columns are the map."""
+
+    def __init__(self, random_state, n_jobs):
+        assert random_state == 0
+
+    def fit_transform(self, x):
+        return x[:, :2]
+
+
+@pytest.mark.parametrize("n, method", [(figures.FEW, "UMAP"), (figures.FEW - 1, "PCA")])
+def test_maps_use_umap_where_there_is_one_and_say_so(n, method, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=FakeUMAP))
+    titles = []
+    monkeypatch.setattr(figures.plt.Figure, "suptitle", lambda self, text, **kw: titles.append(text))
+    gallery = figures.Gallery(torch.rand(n, 4, 4, 3), torch.randn(n, 5), torch.randn(n, 7), torch.rand(n, 2), torch.arange(n) % 2)
+    config = SimpleNamespace(mode="saccade", condition="none", views=2)
+    assert drawn(figures.draw_maps(gallery, SimpleNamespace(classes=["a", "b"]), config, tmp_path / "maps.png"))
+    assert titles == [f"{method} of {n} validation samples, condition none (as Fig. 14)"]
+    assert (figures.project(gallery.z)[0] == gallery.z[:, :2].numpy()).all() == (method == "UMAP")
+
+
+@pytest.fixture
+def plotted(monkeypatch):
+    """What Axes.plot is given, {label: (x, y)} of the labelled lines."""
+    lines, original = {}, figures.plt.Axes.plot
+
+    def plot(self, x, y, *args, **kw):
+        if "label" in kw:
+            lines.setdefault(kw["label"], []).append((x, y))
+        return original(self, x, y, *args, **kw)
+
+    monkeypatch.setattr(figures.plt.Axes, "plot", plot)
+    return lines
+
+
+def result(tmp_path, name, rows, **config):
+    """A probes.json of a run with these settings."""
+    config = dict(dataset="solids", mode="rotation", condition="rotation", views=3, name=name) | config
+    (tmp_path / f"{name}.json").write_text(json.dumps(dict(dataset="folder", config=config, rows=rows)))
+    return tmp_path / f"{name}.json"
+
+
+def test_sweep_joins_the_means_of_seeds_at_every_training_length(tmp_path, plotted):
+    def measured(top1, score):
+        return [row("classify", "class", "z", "", 1, "top-1 %", 0.0), row("classify", "class", "z_agg M=3", "", 1, "top-1 %", top1),
+                row("action", "rotation", "z_1, z_2", "", 1, "R2", score), row("path", "rotation", "z_agg, a_M, M=3", "", 1, "R2", 9.0)]
+    files = [result(tmp_path, "c", measured(50.0, 0.7), views=3), result(tmp_path, "a", measured(30.0, 0.2), views=1),
+             result(tmp_path, "b", measured(40.0, 0.4), views=1)]
+    assert drawn(figures.draw_sweep(files, tmp_path / "sweep.png"))
+    assert plotted == {"rotation": [([1, 3], pytest.approx([0.3, 0.7]))], "M_val 3": [([1, 3], [35.0, 50.0])]}
+
+
+def test_sweep_keeps_data_sets_and_conditions_apart(tmp_path, plotted):
+    rows = [row("action", "rotation", "z_1, z_2", "", 1, "R2", 0.5)]
+    files = [result(tmp_path, "a", rows), result(tmp_path, "b", rows, condition="none")]
+    assert drawn(figures.draw_sweep(files, tmp_path / "sweep.png"))
+    assert list(plotted) == ["solids rotation, condition rotation: rotation", "solids rotation, condition none: rotation"]
+
+
+def test_transfer_is_drawn_against_length_and_cost(tmp_path, plotted):
+    def measured(patch, values):
+        return [row("transfer", "class", f"z_agg M={M}, {M * patch}e9 MAC an image", "linear classifier", 1, "top-1 %", value)
+                | dict(gmac=M * patch / 10, patch_size=patch, untrained=1.0) for M, value in values]
+    files = [result(tmp_path, "a", measured(84, [(4, 30.0), (1, 20.0)])), result(tmp_path, "b", measured(32, [(1, 10.0), (8, 15.0)]))]
+    assert drawn(figures.draw_transfer(files, tmp_path / "transfer.png"))
+    assert plotted["a, patches of 84 px"] == [([1, 4], [20.0, 30.0]), ([8.4, 33.6], [20.0, 30.0])]
+    assert plotted["b, patches of 32 px"] == [([1, 8], [10.0, 15.0]), ([3.2, 25.6], [10.0, 15.0])]
+    assert plotted["a, patches of 84 px, untrained"][0] == ([1, 4], [1.0, 1.0])
 
 
 def test_report_is_one_file_with_table_figures_and_settings(tmp_path):
