@@ -1,5 +1,6 @@
 # make        sets up .venv, trains a small world model on embedded data, probes it, draws figures
 # make test   sets up .venv and runs the tests
+# make gpu    everything worth measuring on one GPU in about 8 minutes, into runs/gpu
 PYTHON ?= python3
 BIN = .venv/bin
 FIRST = runs/first
@@ -15,6 +16,9 @@ $(FIRST)/curves.png: | .venv/run
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
+gpu: .venv/test
+	PYTHON=$(BIN)/python sh gpu.sh
+
 .venv/run: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
@@ -25,5 +29,5 @@ test: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-.PHONY: first test
+.PHONY: first test gpu
 .PRECIOUS: $(FIRST)/curves.png

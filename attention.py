@@ -28,13 +28,13 @@ class Layout(NamedTuple):
 
 
 def sizes(*present):
-    """(T, L) for each (R, S) bool: tokens in all, and in the longest row (at least 1).
+    """(T, L) for each (R, S) bool: tokens in all, and in the longest row, up to a multiple of 8: fast attention wants that of a mask.
 
     The only place in a training step where the host waits for the device: both must be known to leave out what
     nobody sees, and they differ from step to step. One wait, whatever the number of arguments."""
     counts = [p.sum(1) for p in present]
     numbers = torch.stack([n for c in counts for n in (c.sum(), c.max())]).tolist()
-    return [(T, max(1, L)) for T, L in zip(numbers[::2], numbers[1::2])]
+    return [(T, -(-max(1, L) // 8) * 8) for T, L in zip(numbers[::2], numbers[1::2])]
 
 
 def arrange(rank, group, size):
@@ -52,6 +52,8 @@ def arrange(rank, group, size):
     ranks_seen = (rank[:, None, :] > 0) & (rank[:, None, :] <= rank[:, :, None])
     mask = torch.where(group[:, None, :] == 0, ranks_seen, group[:, None, :] == group[:, :, None])
     mask |= torch.eye(L, dtype=torch.bool, device=rank.device)      # a row that sees nothing, as padding would, turns to NaN
+    for x, dims in ((order, 0), (slot, 0), (mask, (1, 2))):         # sizes differ from step to step: compile for any at once
+        torch._dynamo.maybe_mark_dynamic(x, dims)
     return Layout(order, slot, mask[:, None])
 
 

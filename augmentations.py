@@ -251,7 +251,7 @@ class Augmentations:
     groups = param_groups = GROUPS
 
     def __init__(self, split, config, device):
-        self.images, self.labels = single_images(split, device)
+        self.images, self.labels = single_images(split, device, config.resident)
         self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
         self.classes, self.size, self.device = split.classes, config.image_size, device
 
@@ -274,6 +274,10 @@ class Augmentations:
     def relative(first, last):
         """The action that takes a view with params `first` to one with `last`, (..., 9) each."""
         return last - first
+
+    def prefetch(self, index, M):
+        """Say that self(index, M) comes soon."""
+        self.images.prefetch(index)
 
     def clean(self, index):
         """What z is probed on: the image itself, (B, 3, S, S)."""

@@ -124,7 +124,7 @@ class Config:
     action_embed: str = _flag("linear", "linear: learned; raw: the numbers themselves; noise: random numbers (Table 4)",
                               choices=("linear", "raw", "noise"))
     # DSeq-JEPA, Secs. 3.2, 0.A.1 (mode regions)
-    regions: str = _flag("otsu-refill", "otsu: the paper's rule; otsu-refill: threshold what is left again until there are enough; "
+    regions: str = _flag("otsu", "otsu: the paper's rule; otsu-refill: threshold what is left again until there are enough; "
                          "random: blocks (Table 4)", choices=("otsu", "otsu-refill", "random"))
     region_count: int = _flag(5, "N, regions of an image, the rest included (Table 9)")
     order: str = _flag("discriminative", "in which regions are predicted (Table 5)",
@@ -149,6 +149,9 @@ class Config:
     ema_shape: str = _flag("cosine", "how it rises", choices=("cosine", "linear"))
     # The run
     workers: int = _flag(0, "threads that decode image files; 0 = one per core")
+    resident: str = _flag("auto", "images on the device: yes, all; no, batch by batch, read ahead; auto: yes if they fit in half its free memory",
+                          choices=("auto", "yes", "no"))
+    keep_every: int = _flag(0, "keep the checkpoint of every K-th epoch as epoch-K.pt; 0 = none", flag_metavar="K")
     seed: int = _flag(0, "of weights, order and views; splits are the same for every seed")
     quick: bool = _flag(False, "a laptop-sized run: smaller encoder, images and data, minutes on a CPU")
     device: str = _flag("auto", "auto | cpu | cuda | mps")
@@ -227,7 +230,7 @@ def check(config):
     if c.mode == "regions":
         c = check_regions(c)
     at_least = dict(views=1, image_size=8, patch_size=4, width=1, action_dim=1, agg_hidden=1, epochs=1, batch_size=2, object_views=1,
-                    limit=0, warmup_epochs=0, probe_every=0, seed=0, workers=0, min_patches=1)
+                    limit=0, warmup_epochs=0, probe_every=0, keep_every=0, seed=0, workers=0, min_patches=1)
     for field, low in at_least.items():
         if getattr(c, field) < low:
             raise BadInput(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least {low}")

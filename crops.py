@@ -22,7 +22,7 @@ class Crops:
     groups = param_groups = {}
 
     def __init__(self, split, config, device):
-        self.images, self.labels = single_images(split, device)
+        self.images, self.labels = single_images(split, device, config.resident)
         self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
         self.classes, self.size, self.device = split.classes, config.image_size, device
         self.grid = (config.image_size // config.patch_size,) * 2
@@ -35,7 +35,8 @@ class Crops:
     def __call__(self, index, M=0):
         """index (B,) int64 on the CPU -> Batch.  M: not used, an image is one view."""
         B, drawn = len(index), sample(len(index), self.size, self.recipe, self.device)
-        images = resized_crop_flip(self.images[index].float().div_(255), drawn.crop, drawn.flip, self.size)
+        with torch.autocast(self.device.type, enabled=False):       # pixels need more than bfloat16's 8 bits
+            images = resized_crop_flip(self.images[index].float().div_(255), drawn.crop, drawn.flip, self.size)
         images = images.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
         if self.blocks:
             context, targets = multi_block(B, self.grid, device=self.device, min_patches=self.min_patches)
@@ -44,6 +45,10 @@ class Crops:
             blocks = random_regions(B, self.grid, self.N, min_patches=self.min_patches, device=self.device).flatten(1)[:, None]
         coin = torch.rand(B, 1, device=self.device)
         return Batch(images[:, None], blocks, coin, self.labels[index].to(self.device, non_blocking=True))
+
+    def prefetch(self, index, M):
+        """Say that self(index, M) comes soon."""
+        self.images.prefetch(index)
 
     def clean(self, index):
         """The images themselves, (B, 3, S, S)."""

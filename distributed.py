@@ -12,6 +12,8 @@ Checked in tests/test_distributed.py: two processes give the gradients of one.
 import datetime
 import os
 import sys
+import time
+import uuid
 import warnings
 
 import torch
@@ -44,9 +46,31 @@ def local_rank():
 def start():
     """Join the other ranks, if torchrun started several. All but rank 0 lose their standard output."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        store, rank, size = _fresh_store()
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
         if not is_main():
             sys.stdout = open(os.devnull, "w")
+
+
+def _fresh_store():
+    """(torchrun's key-value store, under a prefix that only ranks alive now know; rank; number of ranks).
+
+    After --max-restarts torchrun's store still holds the addresses of dead ranks, and nodes may count restarts differently.
+    So rank 0 names the session: it answers whoever greets it, dead or alive, until every living rank has heard the name."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    session = me = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello {rank}", me)
+        session = store.get(f"welcome {me}").decode()                        # waits for it
+        store.set(f"heard {session} {rank}", "")
+    deaf = set(range(1, size)) if rank == 0 else ()
+    while deaf:
+        for r in deaf:
+            if store.check([f"hello {r}"]):
+                store.set("welcome " + store.get(f"hello {r}").decode(), session)
+        deaf = {r for r in deaf if not store.check([f"heard {session} {r}"])}
+        time.sleep(0.01)
+    return dist.PrefixStore(session, store), rank, size
 
 
 def finish():

@@ -157,6 +157,7 @@ class RegionJEPA(nn.Module):
         context, = self.encoder(images, layout, self.copies)
         row, place = joint_layout.order // (C + 2 * P), joint_layout.order % (C + 2 * P)
         masks = (place < C + P).int().argsort(stable=True)[:n]                           # which packed tokens are mask tokens
+        torch._dynamo.maybe_mark_dynamic(masks, 0)
         z_hat = self.predictor(context, layout.order, seen.shape, joint_layout, masks)
         return z_hat, (row * P + place - C - P)[masks]
 

@@ -33,7 +33,7 @@ from build import build_model, build_views, pick_device, seed_all
 from config import BadInput
 from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
 from report import write_report
-from runs import config_of, load_checkpoint, save_atomically
+from runs import config_of, load_checkpoint, restore, save_atomically
 
 HEADS = {"linear classifier": (linear_head, 300), "mlp": (mlp_head, 300), "linear": (linear_head, 50)}    # and epochs, A.2
 # Which head regresses which part of an action.  A.2
@@ -253,7 +253,7 @@ def evaluate(options):
                             compile=options.compile, row=row)
 
     model = build_model(config, views["val"].groups)
-    model.load_state_dict(checkpoint["model"])
+    restore(model, checkpoint)
     rows = measure(model.to(device), setup)
     untrained = settle_batchnorm(build_model(config, views["val"].groups).to(device), views["train"], config.views)
     paper = paper_numbers(data)

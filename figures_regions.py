@@ -19,7 +19,7 @@ from config import BadInput
 from dseq_jepa import sequential
 from figures import BLUE, CYCLE, GREEN, ORANGE, PINK, RED, _bare, _save, _spread, plt
 from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
-from runs import config_of, load_checkpoint
+from runs import config_of, load_checkpoint, restore
 
 STEP_IMAGES = 10_000            # as Fig. 4
 REST = "#BBBBBB"                # colour of R_N
@@ -172,7 +172,7 @@ def main(argv=None):
             if config.mode != "regions":
                 raise BadInput(f"{path}: was trained in mode {config.mode}; expected a checkpoint of mode regions")
             model = build_model(config, {})
-            model.load_state_dict(checkpoint["model"])
+            restore(model, checkpoint)
             models.append((model, f"step {checkpoint['step']:,}"))
         print(f"drew {draw_clusters(models, build_views(config, 'val', torch.device('cpu')), config, options.out)}")
     except BadInput as error:

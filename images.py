@@ -58,7 +58,8 @@ class Store:
     def __init__(self, arrays, device, resident="auto"):
         parts = [torch.from_numpy(a) for a in arrays]
         if resident == "yes" or resident == "auto" and fits(sum(p.numel() * p.element_size() for p in parts), device):
-            parts = [torch.cat([p.to(device) for p in parts])]
+            parts = [p.to(device) for p in parts]
+            parts = parts if len(parts) == 1 else [torch.cat(parts)]            # a copy of a single part would take its memory twice
         self.parts, self.device = parts, device
         self.first = torch.tensor([0] + [len(p) for p in parts]).cumsum(0)      # first row of each part
         self.ahead = resident == "no" or parts[0].device.type != device.type
@@ -94,7 +95,7 @@ class Store:
         which = torch.bucketize(index, self.first[1:], right=True)
         for i, part in enumerate(self.parts):
             mine = (which == i).nonzero()[:, 0]
-            rows.index_copy_(0, mine, part.index_select(0, index[mine] - self.first[i]))    # several times faster than rows[...] = part[...]
+            rows.index_copy_(0, mine, part.index_select(0, index[mine] - self.first[i]))      # much faster than rows[...] = part[...]
         return rows
 
 

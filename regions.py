@@ -183,7 +183,7 @@ def multi_block(B, grid, device=None, generator=None, min_patches=10):
 
     One size for all target blocks and one for all context blocks of the batch. Targets may overlap one another; the
     context never overlaps them. Of TRIES draws an image gets the first whose context has min_patches, else the one with
-    most; then contexts are cut to the batch's smallest, in raster order as I-JEPA does, so that they stack."""
+    most. I-JEPA's code then cuts all contexts to the batch's smallest, so that they stack; packed tokens need not."""
     u = torch.rand(2, device=device, generator=generator)
     targets = _place(*_block_size(u[0], TARGET_SCALE, TARGET_ASPECT, grid), (B, TRIES, TARGETS), grid, generator)
     context = _place(*_block_size(u[1], CONTEXT_SCALE, CONTEXT_ASPECT, grid), (B, TRIES), grid, generator) & ~targets.any(2)
@@ -192,9 +192,7 @@ def multi_block(B, grid, device=None, generator=None, min_patches=10):
     best = (patches * TRIES - attempt).argmax(1)                                         # no ties: the earliest is most
     targets, context = targets[image, best], context[image, best]
     none = ~context.flatten(1).any(1)
-    context = torch.where(none[:, None, None], ~targets.any(1), context).flatten(1)
-    fewest = context.sum(1).amin().clamp(min=1)                # an image all targets must not empty the others' contexts
-    return (context & (context.cumsum(1) <= fewest)).view(B, *grid), targets
+    return torch.where(none[:, None, None], ~targets.any(1), context), targets
 
 
 def _is_rank(rank, N):

@@ -59,7 +59,7 @@ class Rotations:
         assert images.ndim == 5, f"mode rotation needs objects (N, V, 3, S, S) with V renders each, got {images.shape}"
         N, self.view_count = images.shape[:2]
         assert split.latents.shape == (N, self.view_count, 7), f"images {images.shape} need latents (N, V, 7), got {split.latents.shape}"
-        self.images = Store([images.reshape(-1, *images.shape[2:])], device)
+        self.images = Store([images.reshape(-1, *images.shape[2:])], device, config.resident)
         latents = torch.as_tensor(split.latents).to(device)
         angles = latents[..., :3]
         self.params = torch.cat([quaternion(angles), latents[..., [FLOOR_HUE, LIGHT_HUE]], angles], dim=-1)    # (N, V, 9)
@@ -74,8 +74,7 @@ class Rotations:
         """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
         if M + 1 > self.view_count:
             raise BadInput(f"--views {M}: a sequence needs {M + 1} distinct views and an object has {self.view_count}; lower --views")
-        chosen = torch.rand(len(index), self.view_count).topk(M + 1).indices       # on the CPU: images may be fetched there
-        views, params = self.look(index, chosen)
+        views, params = self.look(index, self._choose(index, M))
         return Batch(views, self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device, non_blocking=True))
 
     @staticmethod
@@ -85,10 +84,21 @@ class Rotations:
 
     def look(self, index, chosen):
         """Chosen views (B, K) of objects (B,), both on the CPU -> views (B, K, 3, S, S), params (B, K, 9)."""
-        rows = (index[:, None] * self.view_count + chosen).flatten()
+        rows = self._rows(index, chosen)
         views = self.images[rows].unflatten(0, chosen.shape)
         params = self.params.flatten(0, 1)[rows.to(self.device, non_blocking=True)].unflatten(0, chosen.shape)
         return normalise(views, self.mean, self.std, channel_dim=2), params
+
+    def prefetch(self, index, M):
+        """Say that self(index, M) comes soon; to be called under the seed that it will come under."""
+        self.images.prefetch(self._rows(index, self._choose(index, M)))
+
+    def _choose(self, index, M):
+        """M+1 distinct views of each object, on the CPU: images may be fetched there."""
+        return torch.rand(len(index), self.view_count).topk(M + 1).indices
+
+    def _rows(self, index, chosen):
+        return (index[:, None] * self.view_count + chosen).flatten()
 
     def all_views(self, index):
         """All V views of objects (B,), in stored order: views (B, V, 3, S, S), params (B, V, 9)."""

@@ -3,6 +3,7 @@
     config.json   the settings            metrics.csv   one line an epoch
     last.pt       all that --resume needs encoder.pt    f_theta alone, a plain state dict
     previous.pt   the last.pt before it   curves.png    metrics.csv, drawn
+    epoch-K.pt    last.pt as it was after epoch K, if --keep-every asks for it
 
 A process may be killed at any instant: every file is written under another name, NAME.HOST-PID.part, and renamed when
 whole. Checkpoints hold tensors, numbers and strings only and are read with weights_only=True: loading one never runs code.
@@ -23,7 +24,7 @@ import torch
 from config import BadInput, Config
 
 FORMAT, VERSION = "seq-jepa checkpoint", 1
-MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out", "probe_every"}   # between a run and its --resume
+MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out", "probe_every", "keep_every", "resident"}   # between a run and its --resume
 
 
 # ---------------------------------------------------------------- whole files or none
@@ -39,7 +40,7 @@ def save_atomically(path, write, keep=None):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         if keep and path.exists():
-            _link(path, keep)
+            link(path, keep)
         os.replace(part, path)
     except OSError as error:
         error.filename = str(path)              # a failed write names no file, a failed open the temporary one
@@ -48,7 +49,7 @@ def save_atomically(path, write, keep=None):
         part.unlink(missing_ok=True)
 
 
-def _link(path, keep):
+def link(path, keep):
     """Let `keep` name the file at `path` too; nothing is copied, and at no moment has it no name."""
     part = part_of(keep)
     try:
@@ -190,8 +191,19 @@ def _advice(path):
 
 
 def config_of(checkpoint, **changes):
-    """The Config stored in a checkpoint, with `changes`."""
+    """The Config stored in a checkpoint, with `changes`. Raises: BadInput if it has settings that this code does not know."""
+    unknown = checkpoint["config"].keys() - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise BadInput(f"the checkpoint has settings that this code does not know ({', '.join(sorted(unknown))}); use the code it was made with")
     return dataclasses.replace(Config(**checkpoint["config"]), **changes)
+
+
+def restore(model, checkpoint):
+    """Fill `model` with the checkpoint's weights. Raises: BadInput if they do not fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise BadInput("the checkpoint's weights do not fit the model that its settings describe; use the code it was made with") from None
 
 
 # ---------------------------------------------------------------- metrics.csv

@@ -88,8 +88,8 @@ class Saccades:
     param_groups = {"position": slice(0, 2)}
 
     def __init__(self, split, config, device):
-        self.images, self.labels = single_images(split, device)
-        self.saliency = Store(saliency_maps(config.saliency, split, config, device), device)
+        self.images, self.labels = single_images(split, device, config.resident)
+        self.saliency = Store(saliency_maps(config.saliency, split, config, device), device, config.resident)
         self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
         self.image_size, self.patch_size, self.ior = config.image_size, config.patch_size, config.ior
         self.classes, self.device = split.classes, device
@@ -102,6 +102,11 @@ class Saccades:
         fixations, patches = self.scanpaths(index, M + 1)
         position = fixations.flip(2) / self.image_size                                   # (row, column) -> (x, y)
         return Batch(patches, self.relative(position[:, :-1], position[:, 1:]), position, self.labels[index].to(self.device, non_blocking=True))
+
+    def prefetch(self, index, M):
+        """Say that self(index, M) comes soon."""
+        self.images.prefetch(index)
+        self.saliency.prefetch(index)
 
     def scanpaths(self, index, count):
         """Look at each image `count` times: fixations (B, count, 2), patches (B, count, 3, p, p)."""

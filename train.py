@@ -3,10 +3,12 @@
     python train.py --dataset stl10 --mode saccade            the paper's STL-10 experiment (Sec. 5.4)
     python train.py --dataset solids --mode saccade --quick   minutes on a laptop, nothing to download
     python train.py ... --resume                              exactly where it stopped
+    torchrun --nproc-per-node 8 train.py ...                  8 GPUs; --batch-size stays that of all together (distributed.py)
 
 Prints a progress bar with images/s and the time left; writes runs/NAME/ (see runs.py). Settings: config.py.
-Step t draws its views and its dropout from (seed, epoch, step) alone, so a resumed run repeats what an
-uninterrupted one would have done. Optimisation: seq-JEPA Sec. 4.2, DSeq-JEPA 0.A.1.2. Checked in tests/test_train.py.
+Step t draws its views and its dropout from (seed, epoch, step, rank) alone, so a resumed run repeats what an
+uninterrupted one would have done. Optimisation: seq-JEPA Sec. 4.2, DSeq-JEPA 0.A.1.2. Checked in tests/test_train.py
+and, for several processes, in tests/test_distributed.py.
 """
 import copy
 import functools
@@ -19,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import config as settings
+import distributed
 import figures
 import runs
 from build import build_model, build_views, pick_device, seed_all
@@ -64,18 +67,24 @@ def build_optimizer(model, config, device):
 
 def compile_or_warn(model, batch, autocast):
     """Compile the model in place if a trial step on a copy of it succeeds; otherwise one warning and eager."""
+    failure = None
     try:
         trial = copy.deepcopy(model)
         trial.compile()
+        parallel = distributed.data_parallel(trial)
         with autocast():
-            trial(batch).loss.backward()
-        model.compile()                     # in place: parameter names stay free of prefixes
+            parallel(batch).loss.backward()
     except Exception as error:              # the compiler's failures have no common type
-        print(f"torch.compile failed ({type(error).__name__}), running eager; --no-compile hides this line")
+        failure = type(error).__name__
+    failures = list(filter(None, distributed.everyone(failure)))
+    if failures:
+        print(f"torch.compile failed ({failures[0]}), running eager; --no-compile hides this line")
+    else:
+        model.compile()                     # in place: parameter names stay free of prefixes
 
 
 class Meters:
-    """Sums over an epoch that stay on the device, so that no step waits for them."""
+    """Sums over an epoch, of means over ranks. They stay on the device, so that no step waits for them."""
 
     def __init__(self, device, saved=None):
         self.sums = {name: torch.tensor(value, device=device) for name, value in (saved or {}).items()}
@@ -83,7 +92,7 @@ class Meters:
 
     def add(self, step, **values):
         """Add a step's numbers; remember the first step whose loss was not finite."""
-        bad = self.sums["first_bad"]
+        bad, values = self.sums["first_bad"], distributed.average(values)
         self.sums["first_bad"] = torch.where((bad == 0) & ~values["loss"].isfinite(), step + 1.0, bad)
         for name, value in dict(values, count=1.0).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -115,7 +124,7 @@ class StopSignal:
     """SIGTERM and SIGINT ask the loop to save and leave after the step at hand."""
 
     def __init__(self):
-        self.number = None
+        self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.set)
 
@@ -123,17 +132,32 @@ class StopSignal:
         self.number = number
 
 
+def prepare(config):
+    """All that the user's input can make fail. Nothing of the run is written yet.
+
+    -> its checkpoint if --resume, else None; device; views to train on; views to probe, if --probe-every"""
+    checkpoint = runs.open_run(config)
+    if config.batch_size % distributed.world_size():
+        raise BadInput(f"--batch-size {config.batch_size}: cannot be split evenly over {distributed.world_size()} processes; "
+                       "choose a multiple of their number")
+    device = distributed.own_device(pick_device(config.device))
+    views = build_views(config, "pretrain", device)
+    if len(views) < config.batch_size:
+        raise BadInput(f"--batch-size {config.batch_size}: more than the {len(views):,} samples there are; lower it")
+    return checkpoint, device, views, config.probe_every and {split: build_views(config, split, device) for split in ("train", "val")}
+
+
 def train(config):
     """Run (or resume) one pre-training.  Returns the exit status: 0, or 128 + signal if one stopped it."""
-    checkpoint = runs.open_run(config)
-    device = pick_device(config.device)
-    views = build_views(config, "pretrain", device)
+    checkpoint, device, views, probe_views = distributed.in_turn(prepare, config)
+    if len(set(distributed.everyone((len(views), checkpoint and checkpoint["step"])))) > 1:
+        raise BadInput("the nodes do not see the same data or not the same run; give each the same --data-dir, and all one --out")
+    distributed.connect(device)
     model = build_model(config, views.groups).to(device, memory_format=torch.channels_last).train()
+    distributed.globalise_batchnorm(model)
     optimizer = build_optimizer(model, config, device)
 
     epoch_steps = len(views) // config.batch_size           # a short last batch would make the graph compile again
-    if epoch_steps == 0:
-        raise BadInput(f"--batch-size {config.batch_size}: more than the {len(views):,} samples there are; lower it")
     steps, warmup = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
     images_per_step = config.batch_size * config.views_per_sample
 
@@ -144,17 +168,18 @@ def train(config):
         step, meters = checkpoint["step"], Meters(device, checkpoint["meters"])
     if config.epochs <= config.warmup_epochs:
         print(f"note: --epochs {config.epochs} ends within --warmup-epochs {config.warmup_epochs}: the learning rate never decays")
-    runs.create_run(config)
-    runs.drop_metrics_after(config.run_dir / "metrics.csv", step)
+    distributed.on_main(runs.create_run, config)
+    distributed.on_main(runs.drop_metrics_after, config.run_dir / "metrics.csv", step)
     stop = StopSignal()
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
     if config.compile or (config.compile is None and device.type == "cuda"):
         compile_or_warn(model, next_batch(views, config, step, epoch_steps), autocast)
+    parallel = distributed.data_parallel(model)             # after compiling, as PyTorch advises: its compiler does not see through DDP
 
-    probe_views = config.probe_every and {split: build_views(config, split, device) for split in ("train", "val")}
-    saved_at, clock = time.monotonic(), Stopwatch()
-    bar = tqdm(total=steps * images_per_step, initial=step * images_per_step, unit="img", unit_scale=True, desc=config.name)
-    while step < steps and stop.number is None:
+    stopped, saved_at, clock = 0, time.monotonic(), Stopwatch()
+    bar = tqdm(total=steps * images_per_step, initial=step * images_per_step, unit="img", unit_scale=True, desc=config.name,
+               disable=not distributed.is_main())
+    while step < steps and not stopped:
         batch = next_batch(views, config, step, epoch_steps)
         progress = step / max(1, steps - 1)
         lr = lr_at(step, steps=steps, warmup=warmup, start=config.lr_start, peak=config.lr, end=config.lr_end)
@@ -163,7 +188,7 @@ def train(config):
         decayed["lr"] = others["lr"] = lr
         decayed["weight_decay"] = weight_decay_at(progress, start=config.weight_decay, end=config.weight_decay_end)
         with autocast():
-            out = model(batch)
+            out = parallel(batch)
         optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
         optimizer.step()
@@ -178,36 +203,54 @@ def train(config):
         if step % epoch_steps == 0:
             epoch, speed = step // epoch_steps, clock.lap()
             row = dict(epoch=epoch, step=step, **meters.means(), lr=lr, tau=tau, **health(out), images_per_second=speed)
-            warn_of_collapse(row, bar)
-            row |= online(model, probe_views, config, device, due=probe_views and epoch % config.probe_every == 0)
-            runs.append_metrics(config.run_dir / "metrics.csv", row)
+            distributed.on_main(end_epoch, row, model, probe_views, config, device, bar)
             meters, clock = Meters(device), Stopwatch()     # a fresh clock: probes are not training time
-        if step == steps or time.monotonic() - saved_at > SAVE_SECONDS:
-            save(config, model, optimizer, step, meters)
+        # A signal reaches the ranks at different steps, and their clocks differ.
+        stopped, save_now = distributed.highest(stop.number, time.monotonic() - saved_at > SAVE_SECONDS)
+        keep = config.keep_every and step % (config.keep_every * epoch_steps) == 0
+        if save_now or stopped or step == steps or keep:
+            distributed.on_main(save, config, model, optimizer, step, meters, f"epoch-{step // epoch_steps}.pt" if keep else None)
             saved_at = time.monotonic()
     bar.close()
     if step < steps:
-        save(config, model, optimizer, step, meters)
-        print(f"stopped by {signal.Signals(stop.number).name} after step {step} of {steps}; saved, continue with --resume")
-        return 128 + stop.number
-    figures.draw_curves(config.run_dir)
+        print(f"stopped by {signal.Signals(int(stopped)).name} after step {step} of {steps}; saved, continue with --resume")
+        return 128 + int(stopped)
+    distributed.on_main(figures.draw_curves, config.run_dir)
     print(f"{config.run_dir}: {steps} steps done. Next: python evaluate.py {config.run_dir / 'last.pt'} --figures")
     return 0
 
 
 def next_batch(views, config, step, epoch_steps):
-    """The batch of a step. Its samples depend on (seed, epoch), its views and the step's dropout on (seed, epoch, step)."""
-    epoch, i = divmod(step, epoch_steps)
-    index = epoch_order(len(views), config.seed, epoch)[i * config.batch_size:(i + 1) * config.batch_size]
-    seed_all(config.seed, epoch, i, 0)                      # the last number is the rank
+    """This rank's share of a step's batch; rows of the one after that lie in host memory or on disk are read ahead.
+
+    Its samples depend on (seed, epoch), its views and the step's dropout on (seed, epoch, step, rank)."""
+    views.prefetch(seeded_index(views, config, step + 1, epoch_steps), config.views)
+    index = seeded_index(views, config, step, epoch_steps)
     progress = torch.full((), step / max(1, config.epochs * epoch_steps - 1), device=views.device)
     return views(index, config.views)._replace(progress=progress)
 
 
+def seeded_index(views, config, step, epoch_steps):
+    """Which samples this rank sees at a step, (b,) int64. Seeds every generator for that step."""
+    epoch, i = divmod(step, epoch_steps)
+    share, rank = config.batch_size // distributed.world_size(), distributed.rank()
+    index = epoch_order(len(views), config.seed, epoch)[i * config.batch_size + rank * share:][:share]
+    seed_all(config.seed, epoch, i, rank)
+    return index
+
+
+def end_epoch(row, model, probe_views, config, device, bar):
+    """Warn of collapse, probe if it is time to, and write the epoch's line."""
+    warn_of_collapse(row, bar)
+    row |= online(model, probe_views, config, device, due=probe_views and row["epoch"] % config.probe_every == 0)
+    runs.append_metrics(config.run_dir / "metrics.csv", row)
+
+
 def health(out):
     """Whether features live: their spread and effective rank over the last batch of an epoch (low = collapse)."""
-    z = out.z.flatten(0, 1)[:HEALTH_ROWS]
-    return dict(z_std=feature_std(z), z_rank=effective_rank(z), z_agg_std=feature_std(out.z_agg), z_agg_rank=effective_rank(out.z_agg))
+    z = distributed.gather(out.z.detach().flatten(0, 1)[:HEALTH_ROWS // distributed.world_size()])
+    z_agg = distributed.gather(out.z_agg.detach())
+    return dict(z_std=feature_std(z), z_rank=effective_rank(z), z_agg_std=feature_std(z_agg), z_agg_rank=effective_rank(z_agg))
 
 
 def warn_of_collapse(row, bar):
@@ -220,14 +263,16 @@ def warn_of_collapse(row, bar):
             return
 
 
-def save(config, model, optimizer, step, meters):
-    """Checkpoint, unless the loss has gone bad since the last one."""
+def save(config, model, optimizer, step, meters, keep):
+    """Checkpoint, unless the loss has gone bad since the last one.  keep: a file name under which it also stays."""
     if meters.sums["count"] > 0:
         meters.means()
     runs.save_checkpoint(config, model, optimizer, step, meters.saved())
+    if keep:
+        runs.link(config.run_dir / "last.pt", config.run_dir / keep)
 
 
-@functools.lru_cache(maxsize=1)              # asked for at every step, drawn once an epoch
+@functools.lru_cache(maxsize=2)              # asked for at every step, also for the next; drawn once an epoch
 def epoch_order(n, seed, epoch):
     """The order in which an epoch visits n samples: (n,) int64 on the CPU, a function of (seed, epoch)."""
     seed_all(seed, epoch)
@@ -235,21 +280,31 @@ def epoch_order(n, seed, epoch):
 
 
 def main(argv=None):
-    """Exit status 0, 2 for bad input, 128 + signal if stopped."""
+    """Exit status 0, 2 for bad input, 128 + signal if stopped. Of several ranks the first that fails says why."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))    # clean up while data is being prepared
+    distributed.start()
     try:
-        return train(settings.from_command_line(argv))
+        status = train(distributed.on_main(settings.from_command_line, argv))
+        distributed.finish()
+        return status
     except BadInput as error:
-        message = error
+        message, status = f"error: {error}", 2
     except torch.OutOfMemoryError:
-        message = "out of memory; lower --batch-size, --views or --image-size"
+        message, status = "error: out of memory; lower --batch-size, --views or --image-size", 2
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}; free or choose another --out or --data-dir" if error.filename else error
+        why = f"{error.filename}: {error.strerror}; free or choose another --out or --data-dir" if error.filename else error
+        message, status = f"error: {why}", 2
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was changed", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        message, status = "interrupted before training began; nothing was changed", 128 + signal.SIGINT
+    except Exception:                           # a bug; or a rank that failed can no longer be reached, and has said why
+        first, status = distributed.first_failure(1)
+        if first:
+            raise
+        return status
+    first, status = distributed.first_failure(status)
+    if first:
+        print(message, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

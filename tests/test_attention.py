@@ -13,26 +13,26 @@ def layout_of(rank, group=None):
     return arrange(rank, group, sizes(rank > 0)[0])
 
 
-def test_sizes_are_totals_and_longest_rows():
-    assert sizes(RANK > 0, torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)) == [(6, 4), (0, 1), (6, 3)]
+def test_sizes_are_totals_and_longest_rows_rounded_up():
+    assert sizes(RANK > 0, torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)) == [(6, 8), (0, 8), (6, 8)]
 
 
 def test_order_and_slot_by_hand():
     layout = layout_of(RANK)
     assert layout.order.tolist() == [0, 2, 3, 4, 11, 13]          # row * 5 + place
-    assert layout.slot.tolist() == [0, 1, 2, 3, 8, 9]             # row * 4 + rank among the row's own
-    assert layout.mask.shape == (3, 1, 4, 4)
+    assert layout.slot.tolist() == [0, 1, 2, 3, 16, 17]           # row * 8 + rank among the row's own
+    assert layout.mask.shape == (3, 1, 8, 8)
 
 
 def test_mask_by_hand():
-    see = layout_of(RANK).mask[0, 0].int().tolist()               # tokens of ranks 1, 2, 1, 3
+    see = layout_of(RANK).mask[0, 0, :4, :4].int().tolist()       # tokens of ranks 1, 2, 1, 3
     assert see == [[1, 0, 1, 0], [1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
 
 
 def test_mask_tokens_see_earlier_context_and_their_own_group_only():
     rank = torch.tensor([[1, 2, 1, 1, 2]])                        # context of ranks 1, 2; mask tokens of steps 1, 1, 2
     group = torch.tensor([[0, 0, 1, 1, 2]])
-    see = layout_of(rank, group).mask[0, 0].int().tolist()
+    see = layout_of(rank, group).mask[0, 0, :5, :5].int().tolist()
     assert see == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 0], [1, 1, 0, 0, 1]]
 
 

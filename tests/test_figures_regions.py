@@ -3,6 +3,8 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
+import figures_regions
+import train
 from build import build_model, build_views
 from figures_regions import k_means, step_losses
 
@@ -34,3 +36,14 @@ def test_step_losses_are_averages_over_the_images_that_have_the_step(make_config
         rows = predicted[:, k]
         if rows.any():
             torch.testing.assert_close(losses[k].float(), per_step[rows, k].mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_clusters_over_checkpoints_and_its_errors(photos, tmp_path, capsys):
+    flags = ("--dataset folder --mode regions --encoder vit-nano --image-size 32 --patch-size 8 --min-patches 2 --epochs 2 --warmup-epochs 1 "
+             f"--batch-size 12 --device cpu --keep-every 1 --data-dir {photos} --out {tmp_path} --name r").split()
+    assert train.main(flags) == 0
+    out = tmp_path / "clusters.png"
+    assert figures_regions.main([*(str(tmp_path / "r" / f"epoch-{e}.pt") for e in (1, 2)), "--out", str(out)]) == 0 and out.exists()
+    capsys.readouterr()
+    assert figures_regions.main([str(tmp_path / "absent.pt")]) == 2
+    assert "absent.pt: no checkpoint there" in capsys.readouterr().err

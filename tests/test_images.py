@@ -1,4 +1,6 @@
 """images.py: which samples --limit keeps, rows on their way to the device, normalisation."""
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,68 @@ def test_normalise_finds_the_channels_and_leaves_its_input_alone(channel_dim):
         expected = (images.select(channel_dim, c).double() / 255 - mean[c]) / std[c]
         torch.testing.assert_close(ours.select(channel_dim, c).double(), expected, atol=2e-6, rtol=0)
     assert torch.equal(images, before)
+
+
+# ---------------------------------------------------------------- Store: rows fetched ahead
+
+def batches_of(store, told):
+    """Five batches as a training loop takes them; told: whether the next one is announced before each."""
+    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(3)).split(4)
+    got = []
+    for i, index in enumerate(order):
+        if told and i + 1 < len(order):
+            store.prefetch(order[i + 1])
+        got.append(store[index])
+    return torch.cat(got)
+
+
+@pytest.mark.parametrize("sizes", [[20], [9, 4, 7]], ids=str)
+def test_fetching_ahead_changes_nothing(tmp_path, sizes):
+    arrays = [strided(tmp_path, n, seed) for seed, n in enumerate(sizes)]
+    told = I.Store(arrays, CPU, "no")
+    assert torch.equal(batches_of(told, True), batches_of(I.Store(arrays, CPU), False))
+    assert told.waiting == []
+
+
+def test_rows_that_were_announced_are_not_gathered_again(monkeypatch):
+    store = I.Store([np.arange(10, dtype=np.float32)], CPU, "no")
+    store.prefetch(torch.tensor([4, 2]))
+    (_, future), = store.waiting
+    future.result()
+    monkeypatch.setattr(store, "_gather", None)
+    assert store[torch.tensor([4, 2])].tolist() == [4, 2]
+
+
+def test_announcements_that_nobody_takes_are_forgotten():
+    store = I.Store([np.arange(10, dtype=np.float32)], CPU, "no")
+    for i in range(8):
+        store.prefetch(torch.tensor([i]))
+    assert len(store.waiting) == I.AHEAD
+    assert store[torch.tensor([9, 0])].tolist() == [9, 0] and store[torch.tensor([7])].tolist() == [7]
+
+
+def test_resident_rows_need_no_thread():
+    for resident in ("yes", "auto"):
+        store = I.Store([np.arange(10, dtype=np.float32)], CPU, resident)
+        store.prefetch(torch.tensor([1]))
+        assert store.reader is None and store.waiting == [] and store[torch.tensor([1])].tolist() == [1]
+
+
+def test_an_exception_of_the_thread_is_raised_where_the_rows_are_asked_for():
+    store = I.Store([np.arange(10, dtype=np.float32)], CPU, "no")
+    store.prefetch(torch.tensor([10]))
+    with pytest.raises(IndexError):
+        store[torch.tensor([10])]
+    assert store[torch.tensor([3])].tolist() == [3]         # and the Store still works
+
+
+def test_the_thread_ends_with_its_store():
+    store = I.Store([np.arange(10, dtype=np.float32)], CPU, "no")
+    store.prefetch(torch.tensor([1]))
+    store[torch.tensor([1])]
+    thread, = store.reader._threads
+    assert thread.is_alive()
+    del store
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()

@@ -395,7 +395,7 @@ def test_same_generator_seed_same_blocks():
 
 @pytest.mark.parametrize("grid, B", [((14, 14), 16), ((8, 8), 16), ((9, 15), 16), ((14, 14), 1), ((8, 8), 1)])
 def test_multi_block_masks_are_those_of_a_slow_sampler(grid, B):
-    """Sizes by the slow sampler; contexts by trying every place: block less targets, cut in raster order."""
+    """Sizes by the slow sampler; contexts by trying every place: block less targets."""
     H, W = grid
     for seed in range(25):
         u = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -405,18 +405,12 @@ def test_multi_block_masks_are_those_of_a_slow_sampler(grid, B):
         size = slow_size(u[0], (0.15, 0.2), (0.75, 1.5), H, W)
         assert all(box(t) == (size, True) for image in targets for t in image)
         h, w = slow_size(u[1], (0.85, 1.0), (1.0, 1.0), H, W)
-        counts, uncut = context.sum((1, 2)), []
-        assert len(set(counts.tolist())) == 1 and counts[0] >= 10
         for b in range(B):
-            lengths = []
-            for top, left in itertools.product(range(H - h + 1), range(W - w + 1)):
-                block = np.zeros(grid, bool)
+            places = itertools.product(range(H - h + 1), range(W - w + 1))
+            blocks = [np.zeros(grid, bool) for _ in range((H - h + 1) * (W - w + 1))]
+            for block, (top, left) in zip(blocks, places):
                 block[top:top + h, left:left + w] = True
-                block &= ~targets[b].any(0)
-                if np.array_equal(block & (block.cumsum().reshape(grid) <= counts[0]), context[b]):
-                    lengths.append(block.sum())
-            uncut.append(min(lengths))
-        assert min(uncut) == counts[0]
+            assert context[b].sum() >= 10 and any(np.array_equal(block & ~targets[b].any(0), context[b]) for block in blocks)
 
 
 def test_target_blocks_lie_anywhere_with_equal_chance():
@@ -428,7 +422,7 @@ def test_target_blocks_lie_anywhere_with_equal_chance():
 
 
 def fewest_context(grid, min_patches):
-    return min(multi_block(64, grid, generator=torch.Generator().manual_seed(seed), min_patches=min_patches)[0][0].sum() for seed in range(20))
+    return min(multi_block(64, grid, generator=torch.Generator().manual_seed(seed), min_patches=min_patches)[0].sum((1, 2)).min() for seed in range(20))
 
 
 def test_contexts_have_min_patches_where_chance_alone_would_not():
@@ -449,7 +443,8 @@ def test_context_falls_back_to_any_free_patch(monkeypatch):
     context, targets = multi_block(500, (2, 2), min_patches=1)
     free = (~targets.any(1)).flatten(1).sum(1)
     assert (free == 0).any() and (free == 1).any()
-    assert torch.equal(context.flatten(1).sum(1), free.clamp(max=1))
+    found = context.flatten(1).sum(1)
+    assert ((found == free.clamp(max=1)) | (found == free)).all() and (found > 1).any()
 
 
 # ---- orders

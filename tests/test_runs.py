@@ -315,3 +315,16 @@ def test_metrics_that_lost_every_line_begin_anew(text, tmp_path):
     drop_metrics_after(path, 5)
     append_metrics(path, dict(epoch=1, step=10, other=0.5))
     assert read_metrics(path) == [dict(epoch=1, step=10, other=0.5)]
+
+
+def test_a_checkpoint_of_other_code_is_named_not_a_traceback(saved, capsys):
+    """Settings this code does not know; weights of another shape: one line each from evaluate.py."""
+    path = saved[0].run_dir / "last.pt"
+    checkpoint = load_checkpoint(path)
+    for change, words in ((dict(config=checkpoint["config"] | dict(colour="red")), "settings that this code does not know (colour)"),
+                          (dict(model=checkpoint["model"] | {"encoder.conv1.weight": torch.zeros(3)}), "weights do not fit the model")):
+        with pytest.raises(BadInput) as error:
+            torch.save(checkpoint | change, path, _use_new_zipfile_serialization=True)
+            other = load_checkpoint(path)
+            runs.restore(build_model(runs.config_of(other), {"position": slice(0, 2)}), other)
+        assert words in str(error.value)

@@ -172,7 +172,6 @@ def test_compile_failure_is_one_line_and_the_run_goes_on(photos, tmp_path, monke
     (["--saliency", "somewhere"], "--saliency somewhere: expected signature, uniform, deepgaze"),
     (["--device", "tpu"], "--device tpu: not available here"),
     (["--action-dim", "3"], "--action-dim 3"),
-    (["--resume"], "no checkpoint there"),
 ])
 def test_bad_input_is_one_line_status_2_and_no_run_folder(flags, words, photos, tmp_path, capsys):
     assert train.main(command("saccade", photos, tmp_path, *flags)) == 2
