@@ -31,6 +31,7 @@ import figures
 import figures_regions
 from build import build_model, build_views, pick_device, seed_all
 from config import BadInput
+from paper import paper_numbers
 from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
 from report import write_report
 from runs import config_of, load_checkpoint, restore, save_atomically
@@ -41,33 +42,6 @@ REGRESSORS = {"position": "linear", "rotation": "mlp", "color": "linear", "crop"
 LENGTHS = {"saccade": (1, 4, 6), "rotation": (1, 3, 5), "augment": (1, 3, 5)}             # M_val of Tables 1-3 and 6
 QUICK_SHARE = 5                 # a --quick run trains MLP heads for a fifth of the protocol's epochs
 SETTLE_BATCHES = 20
-
-# The paper's numbers: (data set, mode, condition, M_tr) -> {(probe, predicts, from): value}.  Tables 1, 2, 3, 6; B.2
-PAPER = {
-    ("stl10", "saccade", "position", 4): {("classify", "class", "z"): 81.20, ("classify", "class", "z_agg M=1"): 71.45,
-                                          ("classify", "class", "z_agg M=4"): 83.44, ("classify", "class", "z_agg M=6"): 84.12},
-    ("stl10", "saccade", "none", 4): {("classify", "class", "z"): 61.38, ("classify", "class", "z_agg M=1"): 62.21,
-                                      ("classify", "class", "z_agg M=4"): 70.45},
-    ("3diebench", "rotation", "rotation", 3): {
-        ("classify", "class", "z"): 82.49, ("classify", "class", "z_agg M=1"): 81.72, ("classify", "class", "z_agg M=3"): 86.14,
-        ("classify", "class", "z_agg M=5"): 87.41, ("action", "rotation", "z_1, z_2"): 0.71, ("parameters", "rotation", "z_1"): 0.74,
-        ("invariance", "rotation", "z_agg M=3, no actions"): 0.141},
-    ("3diebench", "rotation", "none", 3): {
-        ("classify", "class", "z"): 80.91, ("classify", "class", "z_agg M=1"): 81.61, ("classify", "class", "z_agg M=3"): 86.05,
-        ("classify", "class", "z_agg M=5"): 87.36, ("action", "rotation", "z_1, z_2"): 0.29, ("parameters", "rotation", "z_1"): 0.37},
-    ("cifar100", "augment", "all", 2): {
-        ("classify", "class", "z"): 52.07, ("classify", "class", "z_agg M=1"): 53.07, ("classify", "class", "z_agg M=3"): 59.34,
-        ("classify", "class", "z_agg M=5"): 60.17, ("action", "crop", "z_1, z_2"): 0.78, ("action", "jitter", "z_1, z_2"): 0.64,
-        ("action", "blur", "z_1, z_2"): 0.88},
-    ("tiny-imagenet", "augment", "all", 1): {
-        ("classify", "class", "z"): 33.03, ("classify", "class", "z_agg M=1"): 32.34, ("classify", "class", "z_agg M=3"): 36.14,
-        ("classify", "class", "z_agg M=5"): 37.10, ("action", "crop", "z_1, z_2"): 0.64, ("action", "jitter", "z_1, z_2"): 0.49,
-        ("action", "blur", "z_1, z_2"): 0.89},
-    ("tiny-imagenet", "augment", "all", 2): {
-        ("classify", "class", "z"): 27.20, ("classify", "class", "z_agg M=1"): 30.57, ("classify", "class", "z_agg M=3"): 34.99,
-        ("classify", "class", "z_agg M=5"): 35.56, ("action", "crop", "z_1, z_2"): 0.69, ("action", "jitter", "z_1, z_2"): 0.42,
-        ("action", "blur", "z_1, z_2"): 0.93},
-}
 
 
 # ---------------------------------------------------------------- probes: (train features, val features, setup) -> rows
@@ -303,16 +277,6 @@ def online_views(model, views, config, device, some):
 
 ONLINE = dict.fromkeys(("saccade", "rotation", "augment"), (online_views, ("knn_z", "knn_z_agg", "action_r2")))
 ONLINE["regions"] = evaluate_regions.online_regions, ("knn_patches", "knn_cls")
-
-
-def paper_numbers(config):
-    """{(probe, predicts, from): value} if the run has the settings of a row of the papers' tables."""
-    if config.quick:
-        return {}
-    if config.mode == "regions":
-        return evaluate_regions.paper_numbers(config)
-    as_published = config.ior and config.saliency != "uniform" and (config.action_in, config.action_embed) == ("both", "linear")
-    return PAPER.get((config.dataset, config.mode, config.condition, config.views), {}) if as_published else {}
 
 
 def choose_probes(options, config):

@@ -26,12 +26,6 @@ LINEAR_EPOCHS, LINEAR_DROPS, LINEAR_LR, LINEAR_DECAY = 28, (8, 16, 24), 0.01, 5e
 CLS_EPOCHS, CLS_LR, CLS_DECAY = 100, 1e-3, 1e-2
 TUNE_EPOCHS, TUNE_WARMUP, TUNE_LR, TUNE_DECAY, LAYER_DECAY, SMOOTHING = 50, 5, 1e-3, 0.05, 0.65, 0.1     # lr for a batch of 512
 
-# Top-1 on ImageNet: (method, encoder) -> linear, fine-tuned.  Table 1; ViT-H/16 at 448 px
-PAPER = {("dseq-jepa", "vit-base"): (73.5, 84.0), ("i-jepa", "vit-base"): (72.4, 83.5), ("c-jepa", "vit-base"): (73.5, 84.2),
-         ("dseq-c-jepa", "vit-base"): (73.8, 84.3), ("dseq-jepa", "vit-large"): (77.9, 86.8), ("i-jepa", "vit-large"): (77.1, 86.6),
-         ("c-jepa", "vit-large"): (78.0, 86.9), ("dseq-c-jepa", "vit-large"): (78.4, 87.2), ("dseq-jepa", "vit-huge"): (82.4, 87.8),
-         ("i-jepa", "vit-huge"): (81.1, 87.1)}
-
 
 class ImageFeatures(NamedTuple):
     """Frozen features of N images, on the CPU, float32."""
@@ -184,9 +178,3 @@ def online_regions(model, views, config, device, some):
     train, val = (extract_images(model, views[split], device, index=some[split]) for split in ("train", "val"))
     values = [knn_accuracy(x[0], train.labels, x_val[0], val.labels) for (_, x), (_, x_val) in zip(train.named(), val.named())]
     return (*values, float("nan"))[:2]
-
-
-def paper_numbers(config):
-    """The paper's rows for this run, if it is one of them: {(probe, predicts, from): value}."""
-    linear, tuned = PAPER.get((config.method, config.encoder), (None, None)) if config.dataset == "imagenet" else (None, None)
-    return {("linear", "class", "last 4 blocks, mean patch"): linear, ("finetune", "class", "mean patch token, all weights"): tuned}

@@ -86,7 +86,9 @@ def compile_or_warn(model, batch, autocast):
 class Meters:
     """Sums over an epoch, of means over ranks. They stay on the device, so that no step waits for them."""
 
-    def __init__(self, device, saved=None):
+    def __init__(self, device, when, saved=None):
+        """when: step -> words on the learning rate then and the last good checkpoint, for the message on a bad loss."""
+        self.when = when
         self.sums = {name: torch.tensor(value, device=device) for name, value in (saved or {}).items()}
         self.sums = self.sums or dict(count=torch.zeros((), device=device), first_bad=torch.zeros((), device=device))
 
@@ -105,8 +107,7 @@ class Meters:
         sums = self.saved()
         count, bad = sums.pop("count"), sums.pop("first_bad")
         if bad > 0:
-            raise BadInput(f"the loss was not finite at step {int(bad) - 1}; the checkpoint before it is kept: "
-                           "lower --lr, or look at the data")
+            raise BadInput(f"the loss was not finite at step {int(bad) - 1} {self.when(int(bad) - 1)}: lower --lr, or look at the data")
         return {name: total / count for name, total in sums.items()}
 
 
@@ -161,11 +162,17 @@ def train(config):
     steps, warmup = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
     images_per_step = config.batch_size * config.views_per_sample
 
-    step, meters = 0, Meters(device)
+    rate = functools.partial(lr_at, steps=steps, warmup=warmup, start=config.lr_start, peak=config.lr, end=config.lr_end)
+
+    def when(step):
+        last = config.run_dir / "last.pt"
+        return f"(learning rate {rate(step):.2g}); " + (f"{last}, from before it, is kept" if last.exists() else "nothing had been saved before")
+
+    step, meters = 0, Meters(device, when)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, meters = checkpoint["step"], Meters(device, checkpoint["meters"])
+        step, meters = checkpoint["step"], Meters(device, when, checkpoint["meters"])
     if config.epochs <= config.warmup_epochs:
         print(f"note: --epochs {config.epochs} ends within --warmup-epochs {config.warmup_epochs}: the learning rate never decays")
     distributed.on_main(runs.create_run, config)
@@ -182,7 +189,7 @@ def train(config):
     while step < steps and not stopped:
         batch = next_batch(views, config, step, epoch_steps)
         progress = step / max(1, steps - 1)
-        lr = lr_at(step, steps=steps, warmup=warmup, start=config.lr_start, peak=config.lr, end=config.lr_end)
+        lr = rate(step)
         tau = tau_at(progress, base=config.ema, shape=config.ema_shape)
         decayed, others = optimizer.param_groups
         decayed["lr"] = others["lr"] = lr
@@ -204,7 +211,7 @@ def train(config):
             epoch, speed = step // epoch_steps, clock.lap()
             row = dict(epoch=epoch, step=step, **meters.means(), lr=lr, tau=tau, **health(out), images_per_second=speed)
             distributed.on_main(end_epoch, row, model, probe_views, config, device, bar)
-            meters, clock = Meters(device), Stopwatch()     # a fresh clock: probes are not training time
+            meters, clock = Meters(device, when), Stopwatch()       # a fresh clock: probes are not training time
         # A signal reaches the ranks at different steps, and their clocks differ.
         stopped, save_now = distributed.highest(stop.number, time.monotonic() - saved_at > SAVE_SECONDS)
         keep = config.keep_every and step % (config.keep_every * epoch_steps) == 0

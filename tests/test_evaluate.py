@@ -7,6 +7,7 @@ import torch
 import datasets
 import evaluate
 import figures
+import paper
 import runs
 import train
 from build import build_model, build_views
@@ -73,7 +74,7 @@ def test_heads_and_epochs_are_the_paper_s():
 
 def test_paper_s_numbers_name_rows_that_exist():
     """A typo in a key would silently drop the comparison."""
-    for (dataset, mode, condition, M), numbers in evaluate.PAPER.items():
+    for (dataset, mode, condition, M), numbers in paper.SEQ_JEPA.items():
         for probe, predicts, features in numbers:
             assert probe in evaluate.APPLIES[mode] and predicts in ("class", *evaluate.REGRESSORS)
             if "M=" in features:

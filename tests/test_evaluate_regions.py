@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import config as settings
 import evaluate
 import evaluate_regions
+import paper
 import train
 from build import build_model, build_views
 from evaluate_regions import Classifier, extract_images, fit_classifier
@@ -108,6 +110,8 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
     rows = json.loads((run / "probes-linear-knn-cls-finetune.json").read_text())["rows"]
     assert [(r["probe"], r["from"]) for r in rows] == [
         ("linear", "last 4 blocks, mean patch"), ("knn", "mean patch token"), ("knn", "[CLS]"), ("cls", "[CLS]"), ("finetune", "mean patch token, all weights")]
+    published = paper.paper_numbers(settings.Config(**settings.preset("imagenet", "regions")))
+    assert list(published.values()) == [73.5, 84.0] and set(published) <= {(r["probe"], r["predicts"], r["from"]) for r in rows}
     assert all(0 <= r["value"] <= 100 and 0 <= r["untrained"] <= 100 for r in rows)
     assert {"regions.png", "steps.png", "clusters.png", "curves.png", "report.html", "encoder.pt"} <= {p.name for p in run.iterdir()}
     # encoder.pt is what was evaluated

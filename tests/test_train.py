@@ -21,6 +21,7 @@ MODES = {
     "saccade": "--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2".split(),
     "augment": "--dataset folder --mode augment --image-size 20 --views 2".split(),
     "rotation": "--dataset solids --mode rotation --image-size 16 --limit 16 --object-views 4 --views 2".split(),
+    "regions": "--dataset folder --mode regions --encoder vit-nano --image-size 32 --patch-size 8 --min-patches 2".split(),
 }
 
 
@@ -155,7 +156,9 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(photos, tmp_p
     monkeypatch.setattr(train, "next_batch", poisoned)
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)          # save after every step
     assert train.main(command("saccade", photos, tmp_path, "--name", "r")) == 2
-    assert "not finite at step 5" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    lr = lr_at(5, steps=12, warmup=4, start=1e-5, peak=4e-4, end=1e-5)
+    assert f"not finite at step 5 (learning rate {lr:.2g}); {tmp_path / 'runs' / 'r' / 'last.pt'}, from before it, is kept" in message
     checkpoint = load_checkpoint(tmp_path / "runs" / "r" / "last.pt")
     assert checkpoint["step"] == 5 and all(v.isfinite().all() for v in checkpoint["model"].values())
 
