@@ -4,12 +4,15 @@
                                                 steps.png      prediction loss of step k (Fig. 4)
                                                 clusters.png   k-means of patch tokens (Figs. 6, 7)
 
-    python figures_regions.py runs/NAME/epoch-*.pt      clusters.png over the course of training, a column a checkpoint
+    python figures_regions.py runs/NAME/epoch-*.pt                      clusters.png over the course of training, a column a checkpoint,
+                                                                        and regions.png of the last
+    python figures_regions.py runs/NAME/last.pt --data-dir PHOTOS       both, on any folder of images
 
 The rest is called by evaluate.py --figures. Checked in tests/test_figures_regions.py.
 """
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -158,23 +161,28 @@ def _photos(images, views):
 
 
 def main(argv=None):
-    """Draw clusters.png of several checkpoints of one run, a column each. Exit status 0, or 2 for bad input."""
-    p = argparse.ArgumentParser(prog="figures_regions.py", description="Patch clusters over the course of training (Figs. 6, 7).")
+    """Draw clusters.png of several checkpoints of one run, a column each, and regions.png. Exit status 0, or 2 for bad input."""
+    p = argparse.ArgumentParser(prog="figures_regions.py", description="Regions, and patch clusters over the course of training (Figs. 3, 6, 7).")
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="epoch-*.pt and last.pt of a run trained with --keep-every K")
-    p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
-    p.add_argument("--out", metavar="FILE", default="clusters.png", help="default: clusters.png")
+    p.add_argument("--data-dir", metavar="DIR", help="a folder of images to show instead of the run's own")
+    p.add_argument("--out", metavar="DIR", default=".", help="where the figures go (default: here)")
     options = p.parse_args(argv)
     try:
         models = []
         for path in options.checkpoints:
             checkpoint = load_checkpoint(path)
-            config = config_of(checkpoint, **({"data_dir": options.data_dir} if options.data_dir else {}))
+            config = config_of(checkpoint, **(dict(dataset="folder", data_dir=options.data_dir, limit=0) if options.data_dir else {}))
             if config.mode != "regions":
                 raise BadInput(f"{path}: was trained in mode {config.mode}; expected a checkpoint of mode regions")
             model = build_model(config, {})
             restore(model, checkpoint)
             models.append((model, f"step {checkpoint['step']:,}"))
-        print(f"drew {draw_clusters(models, build_views(config, 'val', torch.device('cpu')), config, options.out)}")
+        if not Path(options.out).is_dir():
+            raise BadInput(f"--out {options.out}: no such folder; make it first")
+        views = build_views(config, "train" if options.data_dir else "val", torch.device("cpu"))
+        print(f"drew {draw_clusters(models, views, config, Path(options.out) / 'clusters.png')}")
+        if config.cls:
+            print(f"drew {draw_regions(models[-1][0], views, config, Path(options.out) / 'regions.png')}")
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -42,8 +42,11 @@ def test_clusters_over_checkpoints_and_its_errors(photos, tmp_path, capsys):
     flags = ("--dataset folder --mode regions --encoder vit-nano --image-size 32 --patch-size 8 --min-patches 2 --epochs 2 --warmup-epochs 1 "
              f"--batch-size 12 --device cpu --keep-every 1 --data-dir {photos} --out {tmp_path} --name r").split()
     assert train.main(flags) == 0
-    out = tmp_path / "clusters.png"
-    assert figures_regions.main([*(str(tmp_path / "r" / f"epoch-{e}.pt") for e in (1, 2)), "--out", str(out)]) == 0 and out.exists()
+    kept = [str(tmp_path / "r" / f"epoch-{e}.pt") for e in (1, 2)]
+    assert figures_regions.main([*kept, "--out", str(tmp_path)]) == 0
+    assert figures_regions.main([kept[1], "--data-dir", str(photos), "--out", str(tmp_path / "r")]) == 0
+    assert all((folder / name).exists() for folder in (tmp_path, tmp_path / "r") for name in ("clusters.png", "regions.png"))
+    assert figures_regions.main([kept[0], "--out", str(tmp_path / "nowhere")]) == 2
     capsys.readouterr()
     assert figures_regions.main([str(tmp_path / "absent.pt")]) == 2
     assert "absent.pt: no checkpoint there" in capsys.readouterr().err
