@@ -95,7 +95,7 @@ class TransformerBlock(nn.Module):
 
 
 def initialise(module):
-    """As ViT and I-JEPA: truncated normal weights of std 0.02, zero biases."""
+    """As ViT: truncated normal weights of std 0.02, zero biases. (I-JEPA means to scale them down by depth, then overwrites that.)"""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(part.weight, std=0.02)

@@ -55,12 +55,12 @@ PRESETS = {
     ("solids", "augment"): dict(image_size=64, views=2),
     ("imagenet", "regions"): dict(image_size=224, patch_size=16, encoder="vit-base"),                    # 0.A.1.2
     ("folder", "regions"): dict(image_size=224, patch_size=16, encoder="vit-base"),
-    ("stl10", "regions"): dict(image_size=96, patch_size=8, encoder="vit-small", min_patches=7),         # ours: 10 of 196 patches, scaled
-    ("tiny-imagenet", "regions"): dict(image_size=64, patch_size=8, encoder="vit-small", min_patches=3),
-    ("cifar10", "regions"): dict(image_size=32, patch_size=4, encoder="vit-small", min_patches=3),
-    ("cifar100", "regions"): dict(image_size=32, patch_size=4, encoder="vit-small", min_patches=3),
-    ("solids", "regions"): dict(image_size=64, patch_size=8, encoder="vit-small", min_patches=3),
-    ("3diebench", "regions"): dict(image_size=128, patch_size=8, encoder="vit-small", min_patches=13),
+    ("stl10", "regions"): dict(image_size=96, patch_size=8, encoder="vit-small"),         # ours
+    ("tiny-imagenet", "regions"): dict(image_size=64, patch_size=8, encoder="vit-small"),
+    ("cifar10", "regions"): dict(image_size=32, patch_size=4, encoder="vit-small"),
+    ("cifar100", "regions"): dict(image_size=32, patch_size=4, encoder="vit-small"),
+    ("solids", "regions"): dict(image_size=64, patch_size=8, encoder="vit-small"),
+    ("3diebench", "regions"): dict(image_size=128, patch_size=8, encoder="vit-small"),
     ("clevr-count", "regions"): dict(image_size=224, patch_size=16, encoder="vit-base"),
     ("clevr-distance", "regions"): dict(image_size=224, patch_size=16, encoder="vit-base"),
 }
@@ -77,7 +77,7 @@ QUICK_MODE = {
     "saccade": dict(image_size=48, patch_size=16, epochs=8),
     "rotation": dict(image_size=48, stem="imagenet", epochs=36),
     "augment": dict(image_size=32, epochs=4),
-    "regions": dict(image_size=64, patch_size=8, encoder="vit-nano", min_patches=3, epochs=8, warmup_epochs=1, lr_start=1e-4, lr_end=1e-5),
+    "regions": dict(image_size=64, patch_size=8, encoder="vit-nano", epochs=8, warmup_epochs=1, lr_start=1e-4, lr_end=1e-5),
 }
 # Embedded solids: fewer renders, and less that varies between them than in 3DIEBench, so that minutes suffice to learn something.
 QUICK_SOLIDS = {
@@ -129,7 +129,7 @@ class Config:
     region_count: int = _flag(5, "N, regions of an image, the rest included (Table 9)")
     order: str = _flag("discriminative", "in which regions are predicted (Table 5)",
                        choices=("discriminative", "random", "spatial", "truncated", "flat"))
-    min_patches: int = _flag(10, "smaller regions are dropped")
+    min_patches: int = _flag(0, "smaller regions are dropped; 0 = 10 of 14 x 14 patches or more, in proportion on smaller grids")
     proxy: str = _flag("cls", "where saliency comes from: cls, similarity to [CLS]; grad-cam (Eq. 8)", choices=("cls", "grad-cam"))
     saliency_block: int = _flag(0, "l, the block whose tokens give the saliency, from 1 up; 0 = 10 of 12, scaled to the encoder's depth")
     cls: bool = _flag(True, "a [CLS] token (Table 6)")
@@ -230,7 +230,7 @@ def check(config):
     if c.mode == "regions":
         c = check_regions(c)
     at_least = dict(views=1, image_size=8, patch_size=4, width=1, action_dim=1, agg_hidden=1, epochs=1, batch_size=2, object_views=1,
-                    limit=0, warmup_epochs=0, probe_every=0, keep_every=0, seed=0, workers=0, min_patches=1)
+                    limit=0, warmup_epochs=0, probe_every=0, keep_every=0, seed=0, workers=0)
     for field, low in at_least.items():
         if getattr(c, field) < low:
             raise BadInput(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least {low}")
@@ -245,8 +245,8 @@ def check(config):
         raise BadInput("--hue-range must be from 0 to 1, --rotation-range from 0 to pi (the embedded solids)")
     if not 0 <= c.ema <= 1:
         raise BadInput(f"--ema {c.ema}: expected a number from 0 to 1")
-    if not (0 < c.lr < 1e3 and 0 <= c.lr_start < 1e3 and 0 <= c.lr_end < 1e3 and 0 <= c.weight_decay < 1e3):        # refuses nan too
-        raise BadInput("--lr must be above 0, --lr-start, --lr-end and --weight-decay at least 0")
+    if not (0 < c.lr < 1e3 and 0 <= c.lr_start < 1e3 and 0 <= c.lr_end < 1e3 and 0 <= c.weight_decay < 1e3 and -1 <= c.weight_decay_end < 1e3):        # refuses nan too
+        raise BadInput("--lr must be above 0, --lr-start, --lr-end and --weight-decay at least 0, --weight-decay-end too or -1")
     if c.name and Path(c.name).name != c.name:
         raise BadInput(f"--name {c.name}: expected a plain folder name; use --out for the folder it goes in")
     quick = "quick-" if c.quick else ""
@@ -257,13 +257,16 @@ def check(config):
 
 def check_regions(c):
     """The settings of mode `regions`: refuses impossible ones, fills in the predictor's size."""
-    if c.image_size % c.patch_size or c.patch_size > c.image_size or c.patch_size < 1:
+    if c.patch_size < 1 or c.image_size % c.patch_size or c.patch_size > c.image_size:
         raise BadInput(f"--image-size {c.image_size}: not a multiple of --patch-size {c.patch_size}; change one of them")
     if c.image_size // c.patch_size < 4:
         raise BadInput(f"--patch-size {c.patch_size}: gives {c.image_size // c.patch_size} patches a side, at least 4 are needed for regions; "
                        "lower it or raise --image-size")
-    if c.region_count < 2:
-        raise BadInput(f"--region-count {c.region_count}: at least 2, one to see and one to predict")
+    if not 2 <= c.region_count <= 9:
+        raise BadInput(f"--region-count {c.region_count}: expected 2, one to see and one to predict, to 9")
+    P = (c.image_size // c.patch_size) ** 2
+    if not 0 <= c.min_patches <= int(0.15 * P):
+        raise BadInput(f"--min-patches {c.min_patches}: random blocks of {P} patches have as few as {int(0.15 * P)}; lower it")
     depth = VITS[c.encoder][1]
     if not 0 <= c.saliency_block <= depth:
         raise BadInput(f"--saliency-block {c.saliency_block}: {c.encoder} has blocks 1 to {depth}; 0 = the default")
@@ -272,7 +275,8 @@ def check_regions(c):
     if not 0 < c.crop_scale <= 1:
         raise BadInput(f"--crop-scale {c.crop_scale}: expected a share of the image, above 0 and at most 1")
     width, depth = PREDICTORS[c.encoder]
-    c = dataclasses.replace(c, predictor_width=c.predictor_width or width, predictor_depth=c.predictor_depth or depth)
+    c = dataclasses.replace(c, predictor_width=c.predictor_width or width, predictor_depth=c.predictor_depth or depth,
+                            min_patches=c.min_patches or max(2, min(10, round(10 * P / 196))))
     if c.predictor_width % 32 or min(c.predictor_width, c.predictor_depth) < 1:
         raise BadInput(f"--predictor-width {c.predictor_width}: expected a multiple of 32, and --predictor-depth at least 1")
     return c

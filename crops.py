@@ -6,7 +6,7 @@
                                   (B, 5, P) 0 or 1: I-JEPA's context, then its four targets
                     Batch.params  (B, 1) uniform in [0, 1): below the curriculum's probability, salient regions are used
 
-All of a step's randomness is drawn here, so that the model is a function of its batch. Images are cropped from the stored
+A step's randomness is drawn here, so that the model is a function of its batch (but for --order random). Images are cropped from the stored
 S x S ones, not from the files. Checked in tests/test_crops.py.
 """
 import torch

@@ -186,12 +186,13 @@ def decoded(files, labels, classes, config, name):
     chosen, total, size = choose(labels, config.limit), len(files), config.image_size
     files = [files[i] for i in chosen]
     source = dict(dataset=config.dataset, files=fingerprint(files, Path(config.data_dir)), size=size)
+    smallest = config.patch_size if config.mode == "regions" else 1
 
     def fill(array):
         with ThreadPoolExecutor(config.workers or None) as pool:                 # decoding releases the interpreter lock
             for start in range(0, len(files), 256):
                 chunk = files[start:start + 256]
-                for i, image in enumerate(pool.map(lambda f: decode(f, size), chunk), start):
+                for i, image in enumerate(pool.map(lambda f: decode(f, size, smallest), chunk), start):
                     array[i] = image
                 yield start + len(chunk)
 

@@ -62,7 +62,8 @@ class Discriminative:
     apart = False               # all steps of an image share one row of the predictor, under the mask by rank
 
     def __init__(self, *, N, source, order, proxy, min_patches):
-        self.N, self.source, self.order, self.proxy, self.min_patches = N, source, order, proxy, min_patches
+        self.N, self.source, self.order, self.min_patches = N, source, order, min_patches
+        self.proxy = "none" if source == "random" else proxy                 # nobody would look at the saliency
         self.steps = self.copies = N - 1
 
     def __call__(self, batch, saliency, grid):
@@ -132,7 +133,7 @@ class RegionJEPA(nn.Module):
         return tokens, h, saliency
 
     def gradient_saliency(self, batch, h):
-        """Eq. 8: Grad-CAM of the prediction loss with random blocks, on the target encoder's last tokens."""
+        """Eq. 8: Grad-CAM of the prediction loss with random blocks, on h, the target encoder's last tokens as they are predicted."""
         plan = sequential(batch.actions[:, 0], self.plan.N)
         z_hat, index = self.predict(batch.views[:, 0], plan)
         with torch.enable_grad():
@@ -170,11 +171,13 @@ class RegionJEPA(nn.Module):
         return (total / count.clamp(min=1)).view(B, V * G), (count > 0).view(B, V * G)
 
     def image_means(self, z_hat, index, plan, h):
-        """Means over an image's mask tokens of predictions and of targets: (B, D) each."""
+        """Means over an image's mask tokens of predictions and of targets, (B, D) each, and whether it has any, (B,) 1 or 0; fp32."""
         B, V, P = plan.target.shape
         image = index // (V * P)
-        count = z_hat.new_zeros(B).index_add(0, image, z_hat.new_ones(len(image))).clamp(min=1)[:, None].float()
-        return [x.new_zeros(B, x.shape[1]).index_add(0, image, x) / count for x in (z_hat.float(), h.flatten(0, 1)[self._patch(index, plan)])]
+        count = torch.zeros(B, device=image.device).index_add(0, image, torch.ones(len(image), device=image.device))     # bf16 stops at 256
+        means = [x.new_zeros(B, x.shape[1]).index_add(0, image, x) / count.clamp(min=1)[:, None]
+                 for x in (z_hat.float(), h.flatten(0, 1)[self._patch(index, plan)])]
+        return *means, (count > 0).float()
 
     @staticmethod
     def _patch(index, plan):
@@ -188,12 +191,16 @@ class RegionJEPA(nn.Module):
         torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - tau)
 
 
-def vicreg_terms(x, y):
+def vicreg_terms(x, y, counts):
     """VICReg (Bardes et al., 2022) on an image's mean prediction x and mean target y, (B, D) each: C-JEPA's regulariser.
 
-    Invariance pulls them together; variance and covariance act on x, since y has no gradient."""
-    centred = x - x.mean(0)
-    spread = F.relu(1 - (centred.square().sum(0) / max(1, len(x) - 1) + 1e-4).sqrt()).mean()
-    covariance = centred.T @ centred / max(1, len(x) - 1)
-    off_diagonal = (covariance.square().sum() - covariance.diagonal().square().sum()) / x.shape[1]
-    return INVARIANCE * F.mse_loss(x, y) + VARIANCE * spread + COVARIANCE * off_diagonal
+    counts (B,): 1 for images that were predicted at all, 0 for the others, which take no part.
+    Invariance pulls x and y together; variance and covariance act on x, since y has no gradient. In fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        n, counts = counts.sum(), counts[:, None]
+        centred = (x - (counts * x).sum(0) / n.clamp(min=1)) * counts
+        covariance = centred.T @ centred / (n - 1).clamp(min=1)
+        spread = F.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
+        off_diagonal = (covariance.square().sum() - covariance.diagonal().square().sum()) / x.shape[1]
+        invariance = (counts * (x - y).square()).sum() / (n.clamp(min=1) * x.shape[1])
+        return INVARIANCE * invariance + VARIANCE * spread + COVARIANCE * off_diagonal

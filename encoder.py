@@ -124,9 +124,12 @@ class ViT(nn.Module):
 def load_pretrained(vit, state):
     """Fill `vit` from the state dict of a timm-style or I-JEPA-style ViT of the same shape, in place.
 
-    Prefixes ("module.", "encoder.", ...) are dropped, as are heads; positions are ours, the same fixed ones.
-    [CLS] may be missing from `state`. Raises: KeyError if any other weight is."""
-    ours = vit.state_dict()
-    prefix = next(k for k in state if k.endswith("patch_embed.proj.weight")).removesuffix("patch_embed.proj.weight")
+    Prefixes ("module.", "encoder.", ...) are dropped, as are heads. [CLS] may be missing from `state`.
+    Raises: KeyError if any other weight is missing, ValueError if its positions are not our fixed ones."""
+    ours, first = vit.state_dict(), "patch_embed.proj.weight"
+    prefix = next((k for k in state if k.endswith(first)), first).removesuffix(first)
+    positions = state.get(prefix + "pos_embed")
+    if positions is not None and not torch.allclose(positions.reshape(-1, vit.dim)[-len(vit.positions):], vit.positions, atol=1e-4):
+        raise ValueError("the weights were trained with other positions than fixed 2-D sine-cosine ones of this grid")
     found = {k: state[prefix + k].reshape(v.shape) for k, v in ours.items() if k != "cls_token" or prefix + k in state}
     vit.load_state_dict({**ours, **found})

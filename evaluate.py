@@ -230,7 +230,7 @@ def evaluate(options):
     restore(model, checkpoint)
     rows = measure(model.to(device), setup)
     untrained = settle_batchnorm(build_model(config, views["val"].groups).to(device), views["train"], config.views)
-    paper = paper_numbers(data)
+    paper = paper_numbers(config) if data.dataset == config.dataset else {}
     for r, other in zip(rows, measure(untrained, setup)):
         r["untrained"], r["paper"] = other["value"], paper.get((r["probe"], r["predicts"], r["from"]))
 
@@ -346,9 +346,11 @@ def main(argv=None):
     """Exit status 0, or 2 for bad input."""
     try:
         return evaluate(parse(argv))
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of memory; lower --limit or --samplings, or use --device cpu", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@
 All look at the target encoder, as I-JEPA does. The first three work on features extracted once; where the protocol draws
 a fresh random crop in every epoch, S crops of each training image are drawn, and epoch e trains on crop e mod S.
 Differs from the paper: fine-tuning has MAE's optimiser, layer-wise rates and schedule, but crops and flips only (no RandAugment,
-mixup or drop path); numbers that our copy of the paper lost are MAE's, those of the CLEVR head ours.
+mixup, drop path or second LayerNorm); numbers that our copy of the paper lost are MAE's, those of the CLEVR head ours.
 Checked in tests/test_evaluate_regions.py.
 """
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,6 @@ class ImageFeatures(NamedTuple):
     clean: torch.Tensor     # (1, N, 5D) of the images themselves: four blocks' mean patch tokens, the last normalised mean patch token
     crops: torch.Tensor     # (S, N, 5D) of random crops; empty if none were asked for
     cls: torch.Tensor       # (1, N, D) the last [CLS]; D = 0 if there is none
-    crop_cls: torch.Tensor  # (S, N, D)
     labels: torch.Tensor    # (N,)
 
     def named(self):
@@ -68,18 +68,19 @@ def extract_images(model, views, device, *, samplings=0, seed=0, batch_size=256,
                 labels.append(views.labels[some].cpu())
     model.train(was_training)
     pooled, cls = (torch.stack([torch.cat(column) for column in columns]) for columns in zip(*[zip(*rows) for rows in passes]))
-    return ImageFeatures(pooled[:1], pooled[1:], cls[:1], cls[1:], torch.cat(labels))
+    return ImageFeatures(pooled[:1], pooled[1:], cls[:1], torch.cat(labels))
 
 
 def measure_features(model, setup):
-    """Features of both splits: crops for training, the images themselves for validation."""
+    """Features of both splits: of the images themselves, and of crops of the training images if the linear probe asks for them."""
     return [extract_images(model, setup.views[split], setup.device, samplings=samplings, seed=setup.seed + i, amp=setup.amp, what=f"{split} features")
-            for i, (split, samplings) in enumerate((("train", 0 if setup.probes == ["knn"] else setup.samplings), ("val", 0)))]
+            for i, (split, samplings) in enumerate((("train", setup.samplings if "linear" in setup.probes else 0), ("val", 0)))]
 
 
 def fit_classifier(head, x, y, optimizer, lr_at_epoch, epochs, *, batch_size=256, seed=0, loss=F.cross_entropy):
     """Train `head` on x (S, N, d), y (N,): epoch e sees sampling e mod S at learning rate lr_at_epoch(e)."""
     seed_all(seed)
+    device = next(head.parameters()).device                                       # features of a large data set stay in host memory
     for module in head.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -88,9 +89,8 @@ def fit_classifier(head, x, y, optimizer, lr_at_epoch, epochs, *, batch_size=256
             group["lr"] = lr_at_epoch(epoch)
         for rows in torch.randperm(x.shape[1]).split(batch_size):
             if len(rows) > 1:                                                     # BatchNorm needs two
-                rows = rows.to(x.device)
                 optimizer.zero_grad(set_to_none=True)
-                loss(head(x[epoch % len(x)].index_select(0, rows)), y[rows]).backward()
+                loss(head(x[epoch % len(x)].index_select(0, rows).to(device)), y[rows].to(device)).backward()
                 optimizer.step()
     return head.eval()
 
@@ -98,7 +98,7 @@ def fit_classifier(head, x, y, optimizer, lr_at_epoch, epochs, *, batch_size=256
 def probe_linear(train, val, setup):
     """Top-1 of a linear head behind a BatchNorm, SGD with Nesterov momentum, 28 epochs, rate / 10 at 8, 16, 24."""
     epochs, D = setup.probe_epochs or LINEAR_EPOCHS, train.clean.shape[2] // 5
-    x, y = train.crops[:, :, :4 * D].to(setup.device), train.labels.to(setup.device)
+    x, y = train.crops[:, :, :4 * D], train.labels
     head = nn.Sequential(nn.BatchNorm1d(4 * D, affine=False, eps=1e-6), nn.Linear(4 * D, len(setup.views["val"].classes))).to(setup.device)
     optimizer = torch.optim.SGD(head.parameters(), lr=LINEAR_LR, momentum=0.9, nesterov=True, weight_decay=LINEAR_DECAY)
     drops = [drop * epochs / LINEAR_EPOCHS for drop in LINEAR_DROPS]
@@ -112,10 +112,10 @@ def probe_cls(train, val, setup):
     if not train.cls.shape[2]:
         return
     epochs = setup.probe_epochs or CLS_EPOCHS
-    x, y = train.cls.to(setup.device), train.labels.to(setup.device)
+    x, y = train.cls, train.labels
     head = nn.Linear(x.shape[2], len(setup.views["val"].classes)).to(setup.device)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=CLS_DECAY)
-    head = fit_classifier(head, x, y, optimizer, lambda e: CLS_LR * (1 + torch.cos(torch.tensor(torch.pi * e / epochs)).item()) / 2, epochs,
+    head = fit_classifier(head, x, y, optimizer, lambda e: CLS_LR * (1 + math.cos(math.pi * e / epochs)) / 2, epochs,
                           seed=setup.seed).cpu()
     yield setup.row("cls", "class", "[CLS]", "linear, AdamW", epochs, "top-1 %", accuracy(head, val.cls[0], val.labels))
 
@@ -143,6 +143,12 @@ class Classifier(nn.Module):
         return list(groups.values())
 
 
+def tuning_rate(step, steps):
+    """Share of the peak rate: linear over the first tenth of the steps (5 of 50 epochs), then a cosine to zero."""
+    warmup = steps * TUNE_WARMUP / TUNE_EPOCHS
+    return (step + 1) / warmup if step + 1 < warmup else 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+
+
 def probe_finetune(train, val, setup):
     """Top-1 after training everything (Table 1's second column): AdamW, rates falling with depth, label smoothing, crops and flips."""
     seed_all(setup.seed)
@@ -152,7 +158,7 @@ def probe_finetune(train, val, setup):
     steps = len(views) // batch_size
     for step in tqdm(range(epochs * steps), desc="fine-tuning", leave=False):
         epoch, i = divmod(step, steps)
-        rate = min(1.0, (step + 1) / (TUNE_WARMUP * steps)) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / (epochs * steps))).item())
+        rate = tuning_rate(step, epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = TUNE_LR * batch_size / 512 * rate * group["scale"]
         seed_all(setup.seed, epoch)

@@ -31,7 +31,7 @@ REST = "#BBBBBB"                # colour of R_N
 def draw_all(model, views, config, rows, run_dir):
     """Every figure of the mode that this model allows; yields the paths."""
     model.eval()
-    if config.cls:
+    if config.cls and config.proxy == "cls":
         yield draw_regions(model, views, config, run_dir / "regions.png")
     if config.method in ("dseq-jepa", "dseq-c-jepa") and config.order == "discriminative":
         yield draw_steps(model, views, config, run_dir / "steps.png")
@@ -93,7 +93,7 @@ def draw_steps(model, views, config, path):
     names = [f"R_{k + 2}" if k + 2 < config.region_count else "rest" for k in range(len(losses))]
     bars = axis.bar(names, losses.nan_to_num(0).tolist(), color=BLUE)
     axis.bar_label(bars, [f"{n:,}" for n in images.tolist()], fontsize=8)
-    axis.set(xlabel="predicted region (number of images that have it above)", ylabel="smooth-L1 loss", ylim=(0, 1.15 * losses.nan_to_num(0).max().item()),
+    axis.set(xlabel="predicted region (number of images that have it above)", ylabel="smooth-L1 loss", ylim=(0, max(1e-6, 1.15 * losses.nan_to_num(0).max().item())),
              title=f"Prediction loss per step, {config.regions} (as Fig. 4)")
     return _save(figure, path)
 
@@ -104,14 +104,15 @@ def step_losses(model, views, config):
     total, count = (torch.zeros(config.region_count - 1, dtype=torch.float64) for _ in range(2))
     for index in _spread(views, min(STEP_IMAGES, len(views))).split(64):
         images = views.clean(index)
+        seed_all(config.seed, int(index[0]))
         batch = views(index)._replace(views=images[:, None])
         _, h, saliency = model.look(batch)
         rank = discriminative_regions(saliency.unflatten(1, model.encoder.grid), config.region_count, config.regions, config.min_patches) \
             if config.regions != "random" else batch.actions[:, 0].unflatten(1, model.encoder.grid)
         plan = sequential(rank.flatten(1), config.region_count)
         loss, predicted = model.step_losses(*model.predict(images, plan), plan, h)
-        total += (loss * predicted).double().sum(0).cpu()
-        count += predicted.double().sum(0).cpu()
+        total += (loss * predicted).sum(0).cpu().double()
+        count += predicted.sum(0).cpu().double()
     return total / count, count.long()
 
 
@@ -177,13 +178,15 @@ def main(argv=None):
             model = build_model(config, {})
             restore(model, checkpoint)
             models.append((model, f"step {checkpoint['step']:,}"))
+            if model.encoder.grid != models[0][0].encoder.grid or model.encoder.dim != models[0][0].encoder.dim:
+                raise BadInput(f"{path}: is not of the same run as {options.checkpoints[0]}; give checkpoints of one run")
         if not Path(options.out).is_dir():
             raise BadInput(f"--out {options.out}: no such folder; make it first")
         views = build_views(config, "train" if options.data_dir else "val", torch.device("cpu"))
         print(f"drew {draw_clusters(models, views, config, Path(options.out) / 'clusters.png')}")
-        if config.cls:
+        if config.cls and config.proxy == "cls":
             print(f"drew {draw_regions(models[-1][0], views, config, Path(options.out) / 'regions.png')}")
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

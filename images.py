@@ -22,7 +22,7 @@ SPLIT_SEED = 0      # which images --limit and a folder's 90/10 split choose; th
 
 
 class Batch(NamedTuple):
-    """A mode's answer to a batch of sample indices, all on the device."""
+    """A mode's answer to a batch of sample indices, all on the device. (Mode `regions` has other actions and params: crops.py.)"""
     views: torch.Tensor     # (B, M+1, 3, H, W) float32, normalised; the last is the prediction target
     actions: torch.Tensor   # (B, M, A): actions[:, i] takes view i to view i+1 and depends on these two alone
     params: torch.Tensor    # (B, M+1, P): each view's own parameters, for probes only
@@ -128,12 +128,14 @@ def choose(labels, limit):
     return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
 
 
-def decode(path, size):
-    """One image file as uint8 (3, size, size): shorter side resized (bicubic), centre cropped."""
+def decode(path, size, smallest=1):
+    """One image file as uint8 (3, size, size): shorter side resized (bicubic), centre cropped.  smallest: side it must have, pixels"""
     try:
         image = TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(path))
     except (OSError, SyntaxError, ValueError) as error:         # Pillow's ways of saying that a file is no intact image
         raise BadInput(f"{path}: not a readable image ({str(error).splitlines()[0]}); mend or remove it") from None
+    if min(image.shape[1:]) < smallest:
+        raise BadInput(f"{path}: {image.shape[2]} x {image.shape[1]} pixels, smaller than a patch (--patch-size {smallest}); remove it")
     if image.shape[1:] != (size, size):
         image = TF.resize(image, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
         image = TF.center_crop(image, size)

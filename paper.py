@@ -3,6 +3,10 @@
 Only rows that a run with the paper's own settings can be put beside: a --quick run, another saliency or an ablation without
 a row gets none.
 """
+import dataclasses
+
+import config as settings
+from config import Config
 
 # The paper's numbers: (data set, mode, condition, M_tr) -> {(probe, predicts, from): value}.  Tables 1, 2, 3, 6; B.2
 SEQ_JEPA = {
@@ -39,13 +43,19 @@ REGIONS = {
 }
 
 
+AS_PUBLISHED = ("image_size", "patch_size", "epochs", "batch_size", "limit", "width", "ior", "action_in", "action_embed", "region_count", "order", "proxy",
+                "crop_scale")
+
+
 def paper_numbers(config):
     """{(probe, predicts, from): value} if the run has the settings of a row of the papers' tables, else {}."""
-    if config.quick:
+    preset = Config(**settings.preset(config.dataset, config.mode))
+    if config.encoder == "vit-huge":
+        preset = dataclasses.replace(preset, image_size=448, epochs=300)
+    differs = [name for name in AS_PUBLISHED if getattr(config, name) != getattr(preset, name)]
+    if differs or config.saliency == "uniform" or config.regions == "random":
         return {}
-    if config.mode == "regions":
-        as_published = config.dataset == "imagenet" and config.order == "discriminative" and config.proxy == "cls" and config.regions != "random"
-        linear, tuned = REGIONS.get((config.method, config.encoder), (None, None)) if as_published else (None, None)
-        return {("linear", "class", "last 4 blocks, mean patch"): linear, ("finetune", "class", "mean patch token, all weights"): tuned}
-    as_published = config.ior and config.saliency != "uniform" and (config.action_in, config.action_embed) == ("both", "linear")
-    return SEQ_JEPA.get((config.dataset, config.mode, config.condition, config.views), {}) if as_published else {}
+    if config.mode != "regions":
+        return SEQ_JEPA.get((config.dataset, config.mode, config.condition, config.views), {})
+    linear, tuned = REGIONS.get((config.method, config.encoder), (None, None)) if config.dataset == "imagenet" else (None, None)
+    return {("linear", "class", "last 4 blocks, mean patch"): linear, ("finetune", "class", "mean patch token, all weights"): tuned}

@@ -206,13 +206,14 @@ def reorder(rank, N, order, generator=None):
     discriminative  as they are
     random          R_1 ... R_{N-1} permuted, per image; the rest stays last
     spatial         sorted by the patch that holds a region's centre, in row-major order; the rest stays last
-    truncated       R_1, R_2, R_3 only: all later ones, the rest too, get rank 0, so nothing predicts or sees them
+    truncated       the first three that exist, the rest being one of them or not; later ones get rank 0: nothing predicts or sees them
 
     After "random" and "spatial" the regions that exist have the lowest ranks."""
     if order == "discriminative":
         return rank
     if order == "truncated":
-        return torch.where(rank <= TOP, rank, 0)
+        kept = _is_rank(rank, N).any(2).cumsum(1) <= TOP                                 # (B, N)
+        return torch.where(kept.gather(1, rank.flatten(1) - 1).view_as(rank), rank, 0)
     H, W = rank.shape[1:]
     inside = _is_rank(rank, N)[:, :-1]
     size = inside.sum(2)
@@ -225,8 +226,3 @@ def reorder(rank, N, order, generator=None):
     position = torch.where(size > 0, key, H * W).argsort(dim=1, stable=True).argsort(dim=1)
     kept = rank.new_zeros(len(rank), 1)
     return torch.cat([kept, position + 1, kept + N], dim=1).gather(1, rank.flatten(1)).view_as(rank)
-
-
-def mean_steps(rank, N):
-    """Regions that get predicted, all that exist but the first: mean over images.  rank (B, H, W)  ->  0-d float32"""
-    return (_is_rank(rank, N).any(2).sum(1) - 1).clamp(min=0).float().mean()

@@ -19,10 +19,11 @@ def write_report(run_dir, result):
     """Write run_dir/report.html and return its path.  result: the content of probes.json."""
     config = json.loads((run_dir / "config.json").read_text())
     pictures = sorted(run_dir.glob("*.png"), key=lambda p: (FIRST.index(p.name) if p.name in FIRST else len(FIRST), p.name))
+    told = "" if config["mode"] == "regions" else f", condition {config['condition']}, M = {config['views']}"
     page = [f"<!doctype html><meta charset='utf-8'><title>{escape(config['name'])}</title><style>{STYLE}</style>",
             f"<h1>{escape(config['name'])}</h1>",
-            f"<p>{escape(config['method'])} on {escape(config['dataset'])}, mode {escape(config['mode'])}, condition "
-            f"{escape(config['condition'])}, M = {config['views']}; {result['step']:,} steps, batch {config['batch_size']}.</p>",
+            f"<p>{escape(config['method'])} on {escape(config['dataset'])}, mode {escape(config['mode'])}"
+            f"{escape(told)}; {result['step']:,} steps, batch {config['batch_size']}.</p>",
             f"<h2>Probes</h2>{_table(result['rows'])}",
             f"<p>{result['n_train']:,} training and {result['n_val']:,} validation samples, {result['samplings']} view samplings; features of the "
             "frozen model; untrained: the same probe on a randomly initialised model. Every head trained as its row says.</p>"]

@@ -266,7 +266,7 @@ def warn_of_collapse(row, bar):
         std, rank = row[f"{name}_std"], row[f"{name}_rank"]
         if std < COLLAPSED_STD or rank < COLLAPSED_RANK:
             bar.write(f"warning: {name} has collapsed at epoch {row['epoch']} (spread {std:.3f}, effective rank {rank:.1f}): a low loss "
-                      "means nothing now; lower --lr, raise --ema, or try --z-norm")
+                      "means nothing now; lower --lr, raise --ema, or, but in mode regions, try --z-norm")
             return
 
 
@@ -274,6 +274,9 @@ def save(config, model, optimizer, step, meters, keep):
     """Checkpoint, unless the loss has gone bad since the last one.  keep: a file name under which it also stays."""
     if meters.sums["count"] > 0:
         meters.means()
+    norms = torch._foreach_norm(list(model.parameters()))               # the loss of a last step says nothing of its update
+    if not torch.stack(norms).isfinite().all():
+        raise BadInput(f"the weights were not finite after step {step - 1} {meters.when(step - 1)}: lower --lr, or look at the data")
     runs.save_checkpoint(config, model, optimizer, step, meters.saved())
     if keep:
         runs.link(config.run_dir / "last.pt", config.run_dir / keep)

@@ -35,6 +35,11 @@ def test_presets(line, expected):
     assert {k: c[k] for k in expected} == expected
 
 
+@pytest.mark.parametrize("line, least", [("imagenet", 10), ("imagenet --image-size 448", 10), ("tiny-imagenet", 3), ("stl10", 7), ("folder --image-size 64", 2)])
+def test_least_region_is_10_of_196_patches_in_proportion(line, least):
+    assert parsed(f"--mode regions --dataset {line}").min_patches == least
+
+
 def test_typed_flags_win_over_quick_and_quick_over_the_preset():
     c = parsed("--dataset stl10 --quick --epochs 3 --width 8")
     assert c.quick and c.epochs == 3 and c.width == 8 and c.batch_size == settings.QUICK["batch_size"]
@@ -72,12 +77,15 @@ def test_help_shows_the_values_of_the_chosen_preset(capsys):
     ("--dataset imagenet --mode regions --image-size 225", "--image-size 225: not a multiple of --patch-size 16"),
     ("--dataset imagenet --mode regions --image-size 48", "--patch-size 16: gives 3 patches a side"),
     ("--dataset imagenet --mode regions --image-size 8", "--image-size 8: not a multiple of --patch-size 16"),
-    ("--dataset imagenet --mode regions --region-count 1", "--region-count 1: at least 2"),
+    ("--dataset imagenet --mode regions --region-count 1", "--region-count 1: expected 2"),
     ("--dataset imagenet --mode regions --saliency-block 13", "--saliency-block 13: vit-base has blocks 1 to 12"),
     ("--dataset imagenet --mode regions --saliency-block -1", "--saliency-block -1"),
     ("--dataset imagenet --mode regions --encoder resnet18", "--encoder resnet18: method dseq-jepa"),
     ("--dataset imagenet --mode regions --no-cls", "--no-cls: regions come from [CLS]"), ("--encoder vit-base", "--encoder vit-base: method seq-jepa offers"),
     ("--method i-jepa", "--method i-jepa: mode saccade offers seq-jepa"), ("--dataset imagenet --mode regions --predictor-width 100", "--predictor-width 100"),
+    ("--dataset imagenet --mode regions --patch-size 0", "--image-size 224: not a multiple of --patch-size 0"),
+    ("--dataset imagenet --mode regions --region-count 10", "--region-count 10"), ("--weight-decay-end nan", "--weight-decay-end"),
+    ("--dataset folder --mode regions --image-size 96 --min-patches 10", "--min-patches 10: random blocks of 36 patches have as few as 5"),
     ("--dataset imagenet --mode regions --crop-scale 0", "--crop-scale 0"), ("--dataset clevr-count", "does not apply to --dataset clevr-count; choose regions"),
     ("--limit -1", "--limit -1"), ("--seed -1", "--seed -1"), ("--lr nan", "--lr must be"), ("--hue-range 2", "--hue-range must be"),
 ])

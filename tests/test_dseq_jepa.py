@@ -244,8 +244,19 @@ def test_vicreg_terms_by_the_formula():
     covariance = torch.cov(x.T)
     expected = 25 * ((x - y) ** 2).mean() + 25 * torch.relu(1 - (covariance.diag() + 1e-4).sqrt()).mean() \
         + (covariance - covariance.diag().diag()).square().sum() / 5
-    torch.testing.assert_close(vicreg_terms(x, y), expected)
-    assert vicreg_terms(torch.zeros(1, 4), torch.zeros(1, 4)).isfinite()
+    torch.testing.assert_close(vicreg_terms(x, y, torch.ones(12)), expected)
+    more = [torch.cat([v, torch.full((3, 5), 7.0)]) for v in (x, y)]        # images without a prediction change nothing
+    torch.testing.assert_close(vicreg_terms(*more, torch.cat([torch.ones(12), torch.zeros(3)])), expected)
+    assert all(vicreg_terms(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor(counts)).isfinite() for counts in ([1.0, 0.0], [0.0, 0.0]))
+
+
+def test_means_of_many_tokens_are_exact_under_bf16(make_config):
+    """bf16 counts to 256 and no further."""
+    net = model(make_config, method="c-jepa", region_count=2)
+    index, P = torch.arange(600), 600
+    plan = Plan(torch.zeros(1, P, dtype=torch.long), torch.ones(1, 1, P, dtype=torch.long))
+    x, _, counts = net.image_means(torch.ones(600, 8, dtype=torch.bfloat16), index, plan, torch.zeros(1, P, 8))
+    assert torch.equal(x, torch.ones(1, 8)) and counts.tolist() == [1]
 
 
 @pytest.mark.parametrize("method", ["c-jepa", "dseq-c-jepa"])
@@ -262,7 +273,7 @@ def test_vicreg_acts_on_image_means(make_config, method):
     image, patch = index // (P * plan.target.shape[1]), index % P
     x = torch.stack([z_hat[image == i].mean(0) for i in range(B)])
     y = torch.stack([h[i, patch[image == i]].mean(0) for i in range(B)])
-    torch.testing.assert_close(net(b).loss - plain(b).loss, 0.001 * vicreg_terms(x, y), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(net(b).loss - plain(b).loss, 0.001 * vicreg_terms(x, y, torch.ones(B)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [

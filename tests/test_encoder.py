@@ -136,9 +136,13 @@ def test_weights_of_a_timm_style_vit_load(prefix):
     source, vit = ViT("vit-nano", image_size=32, patch_size=8), ViT("vit-nano", image_size=32, patch_size=8)
     state = {prefix + k: v for k, v in source.state_dict().items()}
     state[prefix + "cls_token"] = state[prefix + "cls_token"].view(1, 1, -1)                # as timm has it
-    state |= {prefix + "pos_embed": torch.zeros(1, 17, 128), prefix + "head.weight": torch.zeros(10, 128)}
+    state |= {prefix + "pos_embed": torch.cat([torch.zeros(1, 128), source.positions])[None], prefix + "head.weight": torch.zeros(10, 128)}
     load_pretrained(vit, state)
     assert all(torch.equal(a, b) for a, b in zip(vit.parameters(), source.parameters()))
+    with pytest.raises(ValueError, match="positions"):
+        load_pretrained(vit, state | {prefix + "pos_embed": torch.randn(1, 17, 128)})
+    with pytest.raises(KeyError):
+        load_pretrained(vit, {})
     del state[prefix + "blocks.0.mlp.fc1.weight"]
     with pytest.raises(KeyError):
         load_pretrained(vit, state)

@@ -1,5 +1,6 @@
 """The ViT's probes: frozen means frozen, features by hand, schedules and groups as the protocol says, the command users type."""
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -13,7 +14,7 @@ import evaluate_regions
 import paper
 import train
 from build import build_model, build_views
-from evaluate_regions import Classifier, extract_images, fit_classifier
+from evaluate_regions import Classifier, extract_images, fit_classifier, tuning_rate
 
 FLAGS = ("--dataset folder --mode regions --encoder vit-nano --image-size 32 --patch-size 8 --min-patches 2 --epochs 2 --warmup-epochs 1 "
          "--batch-size 12 --device cpu").split()
@@ -102,6 +103,13 @@ def test_fine_tuning_groups_hold_every_parameter_once_with_falling_rates(setting
     assert decay[id(net.vit.cls_token)] == decay[id(net.vit.norm.weight)] == decay[id(net.head.bias)] == 0 and decay[id(net.head.weight)] == 0.05
 
 
+def test_fine_tuning_warms_up_then_falls():
+    rates = [tuning_rate(step, 100) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1 and rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[54] == pytest.approx(0.5, abs=0.02) and rates[-1] == pytest.approx(0, abs=1e-3)
+    assert all(0 < tuning_rate(0, steps) <= 1 for steps in (1, 2, 7))
+
+
 def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
     out = ["--data-dir", str(photos), "--out", str(tmp_path)]
     assert train.main([*FLAGS, *out, "--name", "r", "--probe-every", "1"]) == 0
@@ -110,7 +118,9 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
     rows = json.loads((run / "probes-linear-knn-cls-finetune.json").read_text())["rows"]
     assert [(r["probe"], r["from"]) for r in rows] == [
         ("linear", "last 4 blocks, mean patch"), ("knn", "mean patch token"), ("knn", "[CLS]"), ("cls", "[CLS]"), ("finetune", "mean patch token, all weights")]
-    published = paper.paper_numbers(settings.Config(**settings.preset("imagenet", "regions")))
+    config = settings.Config(**settings.preset("imagenet", "regions"))
+    published = paper.paper_numbers(config)
+    assert not any(paper.paper_numbers(dataclasses.replace(config, **other)) for other in (dict(epochs=1), dict(limit=9), dict(regions="random")))
     assert list(published.values()) == [73.5, 84.0] and set(published) <= {(r["probe"], r["predicts"], r["from"]) for r in rows}
     assert all(0 <= r["value"] <= 100 and 0 <= r["untrained"] <= 100 for r in rows)
     assert {"regions.png", "steps.png", "clusters.png", "curves.png", "report.html", "encoder.pt"} <= {p.name for p in run.iterdir()}
