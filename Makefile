@@ -1,6 +1,6 @@
 # make        sets up .venv, trains a small world model on embedded data, probes it, draws figures
 # make test   sets up .venv and runs the tests
-# make gpu    everything worth measuring on one GPU in about 8 minutes, into runs/gpu
+# make gpu    everything worth measuring on one GPU, into runs/gpu
 PYTHON ?= python3
 BIN = .venv/bin
 FIRST = runs/first

@@ -52,9 +52,10 @@ def arrange(rank, group, size):
     ranks_seen = (rank[:, None, :] > 0) & (rank[:, None, :] <= rank[:, :, None])
     mask = torch.where(group[:, None, :] == 0, ranks_seen, group[:, None, :] == group[:, :, None])
     mask |= torch.eye(L, dtype=torch.bool, device=rank.device)      # a row that sees nothing, as padding would, turns to NaN
-    for x, dims in ((order, 0), (slot, 0), (mask, (1, 2))):         # sizes differ from step to step: compile for any at once
+    layout = Layout(order, slot, mask[:, None])
+    for x, dims in zip(layout, (0, 0, (2, 3))):         # sizes differ from step to step: compile for any at once
         torch._dynamo.maybe_mark_dynamic(x, dims)
-    return Layout(order, slot, mask[:, None])
+    return layout
 
 
 def unpack(x, index, places):

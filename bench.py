@@ -156,9 +156,10 @@ def report_step(label, stage, views, config, device, peak, options, split=None):
     """Measure a stage and print its line."""
     try:
         rate, share, memory, cost = measure_step(stage, views, config, device, options, split)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return print(f"{label} out of memory; lower --batch-size")
+    except Exception as error:                              # out of memory, or the compiler: the other stages can still be measured
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return print(f"{label} failed: {type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}"[:140])
     share = "-" if split else f"{100 * share:.1f}%"                 # workers make views beside the step, not in it
     memory = f"{memory / 2 ** 30:.2f} GiB" if memory else "-"
     images = rate * config.views_per_sample
@@ -305,7 +306,7 @@ def parser():
 
 def main(argv=None):
     """Print the tables. Exit status 0, 2 for bad input."""
-    options, started, printed = parser().parse_args(argv), time.monotonic(), io.StringIO()
+    options, started, printed, status = parser().parse_args(argv), time.monotonic(), io.StringIO(), 0
     try:
         device = pick_device(options.device)
         unknown = [s for s in options.sections if s not in SECTIONS]
@@ -321,14 +322,18 @@ def main(argv=None):
         print(f"torch {torch.__version__} on {where}, {options.threads} CPU threads")
         for section in options.sections or [s for s in SECTIONS if s != "flops" or device.type == "cuda"]:
             with contextlib.redirect_stdout(Tee(sys.stdout, printed)):
-                SECTIONS[section](device, options)
+                try:
+                    SECTIONS[section](device, options)
+                except BadInput as error:       # OpenCV absent, for example: the other sections need none
+                    status = 2
+                    print(f"error: {section}: {error}", file=sys.stderr)
                 print()
             if options.json:                    # after every section: the next may take what is left of the machine's time
                 keep(options.json, device, started, threads=options.threads, tables=printed.getvalue().splitlines())
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":

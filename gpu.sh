@@ -1,7 +1,8 @@
 #!/bin/sh
-# What to run on a machine with one GPU, most wanted first (about 8 minutes on an H100; results in OUT, default runs/gpu).
+# What to run on a machine with one GPU, most wanted first; results in OUT, default runs/gpu. Never timed yet:
+# compiling takes most of it, perhaps 10 to 25 minutes. Each part stands alone: sh gpu.sh smoke, numerics, speed, train; without a word, all.
 #
-#   sh gpu.sh          or: PYTHON=python3 OUT=somewhere sh gpu.sh
+#   sh gpu.sh [PART ...]          or: PYTHON=python3 OUT=somewhere sh gpu.sh
 #
 # Longer ones, each by itself, with the minutes to expect:
 #   15  python train.py --dataset tiny-imagenet --mode augment --views 1 --epochs 60 && python evaluate.py runs/tiny-imagenet-augment/last.pt
@@ -15,15 +16,29 @@ mkdir -p "$OUT"
 status=0
 say() { echo; echo "== $*"; }
 
-say "every mode and method, 20 steps"
-$PYTHON smoke.py --out "$OUT" || status=1
-say "bf16 and compile against float32"
-$PYTHON -m pytest -q tests/test_numerics.py > "$OUT/numerics.txt" 2>&1 || status=1
-tail -n 3 "$OUT/numerics.txt"
-say "speed"
-$PYTHON bench.py regions flops views train --threads 4 --json "$OUT/bench.json" || status=1
-say "the command itself, start to checkpoint"
-for mode in saccade rotation augment regions; do
-    $PYTHON train.py --dataset solids --mode $mode --quick --epochs 1 --limit 512 --out "$OUT" --name "train-$mode" || status=1
-done
+wanted() { [ -z "$PARTS" ] || case " $PARTS " in *" $1 "*) true ;; *) false ;; esac; }
+PARTS="$*"
+
+if wanted smoke; then
+    say "every mode and method, 20 steps"
+    $PYTHON smoke.py --out "$OUT" || status=1
+fi
+if wanted numerics; then                                # needs pytest
+    say "bf16 and compile against float32"
+    $PYTHON -m pytest -q tests/test_numerics.py > "$OUT/numerics.txt" 2>&1 || status=1
+    tail -n 3 "$OUT/numerics.txt"
+fi
+if wanted speed; then                                   # regions also needs OpenCV and SciPy
+    say "speed"
+    $PYTHON bench.py views train flops regions --threads 4 --json "$OUT/bench.json" || status=1
+fi
+if wanted train; then
+    say "the command itself, start to checkpoint; the last with data read ahead instead of resident"
+    for mode in saccade rotation augment regions; do
+        rm -rf "$OUT/train-$mode"
+        $PYTHON train.py --dataset solids --mode $mode --quick --epochs 2 --warmup-epochs 1 --limit 512 --out "$OUT" --name "train-$mode" || status=1
+    done
+    rm -rf "$OUT/train-ahead"
+    $PYTHON train.py --dataset solids --mode saccade --quick --epochs 2 --limit 512 --resident no --out "$OUT" --name train-ahead || status=1
+fi
 exit $status

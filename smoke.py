@@ -23,6 +23,7 @@ from build import build_model, pick_device, seed_all
 from config import BadInput, METHODS, REGION_METHODS
 from train import build_optimizer
 
+SYNC = "called a synchronizing CUDA operation"       # what torch.cuda.set_sync_debug_mode says of each
 STEPS, WARM_UP = 20, 10             # what is compiled for a few sizes first, then for any, is settled by then
 DATASETS = {"saccade": "stl10", "rotation": "3diebench", "augment": "tiny-imagenet", "regions": "tiny-imagenet"}
 CASES = {method if mode == "regions" else f"{mode}, {method}": (mode, dict(method=method)) for mode in DATASETS for method in METHODS[mode]}
@@ -65,9 +66,9 @@ def smoke(config, device, backend):
         warn_of_waits(device, False)
         wait(device)
     late = time.monotonic() - settled
-    places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
-    waits = sum("synchroniz" in str(w.message) for w in caught) / (STEPS - WARM_UP)
-    return dict(loss=[round(x, 5) for x in torch.stack(losses).tolist()], compiled_late=graphs_compiled() - graphs,
+    places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if SYNC in str(w.message)})
+    waits = sum(SYNC in str(w.message) for w in caught) / (STEPS - WARM_UP)
+    return dict(backend=backend, graphs=graphs_compiled(), loss=[round(x, 5) for x in torch.stack(losses).tolist()], compiled_late=graphs_compiled() - graphs,
                 waits_per_step=waits, waits_at=places, samples_per_second=round(config.batch_size * (STEPS - WARM_UP) / late, 1),
                 seconds=round(time.monotonic() - started, 1))
 
@@ -87,6 +88,8 @@ def verdict(result, config):
     wrong = []
     if not torch.tensor(result["loss"]).isfinite().all():
         wrong.append("loss not finite")
+    if result["backend"] and not result["graphs"]:
+        wrong.append("nothing was compiled")
     if result["compiled_late"]:
         wrong.append(f"{result['compiled_late']} graphs compiled after step {WARM_UP}")
     if result["waits_per_step"] > waits_allowed(config):

@@ -65,17 +65,23 @@ def build_optimizer(model, config, device):
     return torch.optim.AdamW(groups, lr=config.lr, fused=device.type in ("cuda", "cpu"))
 
 
-def compile_or_warn(model, batch, autocast):
-    """Compile the model in place if a trial step on a copy of it succeeds; otherwise one warning and eager."""
+def compile_or_warn(model, batches, autocast):
+    """Compile the model in place if trial steps on a copy of it succeed; otherwise one warning and eager.
+
+    batches: two, since a ViT's tokens differ in number and the second batch asks for another graph."""
     failure = None
     try:
         trial = copy.deepcopy(model)
         trial.compile()
         parallel = distributed.data_parallel(trial)
-        with autocast():
-            parallel(batch).loss.backward()
+        for batch in batches:
+            with autocast():
+                out = parallel(batch)
+            out.loss.backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:              # the compiler's failures have no common type
-        failure = type(error).__name__
+        failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:100]
     failures = list(filter(None, distributed.everyone(failure)))
     if failures:
         print(f"torch.compile failed ({failures[0]}), running eager; --no-compile hides this line")
@@ -145,7 +151,8 @@ def prepare(config):
     views = build_views(config, "pretrain", device)
     if len(views) < config.batch_size:
         raise BadInput(f"--batch-size {config.batch_size}: more than the {len(views):,} samples there are; lower it")
-    return checkpoint, device, views, config.probe_every and {split: build_views(config, split, device) for split in ("train", "val")}
+    probe_views = {split: build_views(config, split, device) for split in ("train", "val")} if config.probe_every and distributed.is_main() else None
+    return checkpoint, device, views, probe_views
 
 
 def train(config):
@@ -180,7 +187,7 @@ def train(config):
     stop = StopSignal()
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
     if config.compile or (config.compile is None and device.type == "cuda"):
-        compile_or_warn(model, next_batch(views, config, step, epoch_steps), autocast)
+        compile_or_warn(model, [next_batch(views, config, step + i, epoch_steps) for i in (0, 1)], autocast)
     parallel = distributed.data_parallel(model)             # after compiling, as PyTorch advises: its compiler does not see through DDP
 
     stopped, saved_at, clock = 0, time.monotonic(), Stopwatch()
@@ -208,8 +215,8 @@ def train(config):
         if step % LOOK_STEPS == 0:
             bar.set_postfix(loss=f"{meters.means()['loss']:.4f}")
         if step % epoch_steps == 0:
-            epoch, speed = step // epoch_steps, clock.lap()
-            row = dict(epoch=epoch, step=step, **meters.means(), lr=lr, tau=tau, **health(out), images_per_second=speed)
+            epoch, means = step // epoch_steps, meters.means()      # waits for the steps under way, so that the clock counts them
+            row = dict(epoch=epoch, step=step, **means, lr=lr, tau=tau, **health(out), images_per_second=clock.lap())
             distributed.on_main(end_epoch, row, model, probe_views, config, device, bar)
             meters, clock = Meters(device, when), Stopwatch()       # a fresh clock: probes are not training time
         # A signal reaches the ranks at different steps, and their clocks differ.
@@ -300,7 +307,7 @@ def main(argv=None):
     except BadInput as error:
         message, status = f"error: {error}", 2
     except torch.OutOfMemoryError:
-        message, status = "error: out of memory; lower --batch-size, --views or --image-size", 2
+        message, status = "error: out of memory; lower --batch-size, --image-size, or --views where there are several, or give --resident no", 2
     except OSError as error:
         why = f"{error.filename}: {error.strerror}; free or choose another --out or --data-dir" if error.filename else error
         message, status = f"error: {why}", 2

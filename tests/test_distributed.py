@@ -21,6 +21,7 @@ from config import BadInput
 from images import Batch
 from runs import load_checkpoint
 
+PATIENCE = 400                      # seconds until ranks that wait for each other fail a test instead of hanging it
 ROOT = Path(__file__).resolve().parents[1]
 SACCADE = "--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2".split()
 TINY = "--width 2 --action-dim 4 --epochs 3 --batch-size 8 --warmup-epochs 1 --device cpu".split()
@@ -31,7 +32,12 @@ def spawn(work, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_as_rank, (port, work, args), nprocs=2)
+    ranks, started = torch.multiprocessing.spawn(_as_rank, (port, work, args), nprocs=2, join=False), time.monotonic()
+    while not ranks.join(timeout=5):
+        if time.monotonic() - started > PATIENCE:
+            for process in ranks.processes:
+                process.kill()
+            raise TimeoutError("two ranks wait for each other")
 
 
 def _as_rank(rank, port, work, args):

@@ -39,7 +39,13 @@ def build(make_config, make_split):
         latents = np.random.default_rng(0).uniform(-1, 1, (SAMPLES, 6, 7)).astype(np.float32) if mode == "rotation" else None
         split = make_split(SAMPLES, config.image_size, views=None if latents is None else 6, latents=latents)
         views = MODES[mode](split, config, DEVICE)
-        return config, views, build_model(config, views.groups).to(DEVICE, memory_format=torch.channels_last).train()
+        model = build_model(config, views.groups).to(DEVICE, memory_format=torch.channels_last).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0                              # kernels draw different masks under one seed, which says nothing of precision
+            if isinstance(module, torch.nn.MultiheadAttention):
+                module.dropout = 0.0
+        return config, views, model
     return build
 
 
@@ -92,7 +98,7 @@ def test_losses_norms_and_weights_stay_float32_under_bf16(name, build):
         out = model(batch)
     assert batch.views.dtype == out.loss.dtype == out.z.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in out.logs.values())
-    assert set(inputs.values()) <= {(torch.float32, torch.float32)}
+    assert set(inputs.values()) == (set() if config.mode == "regions" else {(torch.float32, torch.float32)})
     out.loss.backward()
     optimizer = build_optimizer(model, config, DEVICE)
     optimizer.step()
@@ -150,7 +156,7 @@ def test_rows_that_see_nothing_give_no_nan():
 def test_zero_vectors_give_no_nan():
     zero = torch.zeros(4, 8, device=DEVICE, requires_grad=True)
     for loss in (prediction_loss(zero, zero.detach()), prediction_loss(zero, torch.randn(4, 8, device=DEVICE)),
-                 vicreg_terms(zero, torch.zeros(4, 8, device=DEVICE))):
+                 vicreg_terms(zero, torch.zeros(4, 8, device=DEVICE), torch.ones(4, device=DEVICE))):
         gradient, = torch.autograd.grad(loss, zero)
         assert loss.isfinite() and gradient.isfinite().all()
     saliency = min_max(cls_similarity(torch.zeros(2, 8, device=DEVICE), torch.zeros(2, 16, 8, device=DEVICE)))

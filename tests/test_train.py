@@ -164,9 +164,23 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(photos, tmp_p
 
 
 def test_compile_failure_is_one_line_and_the_run_goes_on(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (_ for _ in ()).throw(RuntimeError("no compiler")))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (_ for _ in ()).throw(RuntimeError("no compiler\nand more")))
     assert train.main(command("saccade", photos, tmp_path, "--compile", "--epochs", "1")) == 0
-    assert capsys.readouterr().out.count("torch.compile failed (RuntimeError), running eager") == 1
+    assert capsys.readouterr().out.count("torch.compile failed (RuntimeError: no compiler), running eager") == 1
+
+
+@pytest.mark.parametrize("mode", ["saccade", "regions"])
+def test_compiled_runs_train(mode, photos, tmp_path, monkeypatch, capsys):
+    """Everything that --compile does but code generation, which takes minutes on a CPU."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *args, **kwargs: compile(self, backend="aot_eager"))
+    torch._dynamo.reset()
+    for name, flag in (("eager", "--no-compile"), ("compiled", "--compile")):
+        assert train.main(command(mode, photos, tmp_path, "--name", name, flag, "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-6")) == 0
+    assert "failed" not in capsys.readouterr().out and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    eager, compiled = (float(rows_without_speed(tmp_path / "runs" / name)[0]["loss"]) for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, abs=1e-3)
+    assert not any("_orig_mod" in k for k in load_checkpoint(tmp_path / "runs" / "compiled" / "last.pt")["model"])
 
 
 @pytest.mark.parametrize("flags, words", [
