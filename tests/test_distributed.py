@@ -228,6 +228,9 @@ def shares(config):
 
         def __call__(self, index, M):
             return Batch(index, torch.rand(()), None, None)
+
+        def prefetch(self, index, M):
+            torch.rand(3)                                   # reading ahead may draw, as mode rotation does; the step must not notice
     return [[train.next_batch(Views(), config, step, 3)[:2] for step in range(6)]]
 
 
@@ -261,7 +264,7 @@ def torchrun():
             job.wait()
 
 
-def test_torchrun_stops_at_a_signal_resumes_and_is_evaluated_by_one_process(photos, tmp_path, torchrun):
+def test_torchrun_stops_at_a_signal_and_one_process_evaluates(photos, tmp_path, torchrun):
     run = tmp_path / "runs" / "r"
     flags = [*SACCADE, *TINY, "--data-dir", str(photos), "--out", str(run.parent), "--name", "r", "--probe-every", "1"]
     job = torchrun(ROOT / "train.py", *flags, "--epochs", "100000", cwd=tmp_path)
