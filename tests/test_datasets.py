@@ -32,7 +32,7 @@ def left_in_cache(config):
 def decodes(monkeypatch):
     """Paths of the images decoded so far."""
     seen, real = [], D.decode
-    monkeypatch.setattr(D, "decode", lambda path, size: seen.append(path) or real(path, size))
+    monkeypatch.setattr(D, "decode", lambda path, size, smallest=1: seen.append(path) or real(path, size))
     return seen
 
 
@@ -611,3 +611,15 @@ def test_images_are_normalised_with_the_papers_constants(make_config, monkeypatc
     mean, std = (np.array(v).reshape(3, 1, 1) for v in PAPER[dataset])
     assert ours.dtype == torch.float32
     np.testing.assert_allclose(ours, (images / 255 - mean) / std, atol=2e-6)
+
+
+def test_images_smaller_than_a_vit_s_patch_are_named(tmp_path, make_config):
+    folder = tmp_path / "data" / "train" / "a"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        Image.new("RGB", (40, 40) if i else (12, 4)).save(folder / f"{i}.png")
+    config = make_config("folder", "regions", image_size=32, patch_size=8, encoder="vit-nano", data_dir=str(folder))
+    with pytest.raises(BadInput, match=r"0.png: 12 x 4 pixels, smaller than a patch \(--patch-size 8\); remove it"):
+        for split in ("train", "val"):
+            D.load(config, split)
+    assert len(D.load(make_config("folder", "saccade", image_size=32, patch_size=8, data_dir=str(folder)), "train").labels) == 18
