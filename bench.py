@@ -38,7 +38,7 @@ from images import Part, Split
 from per_image import PerImage, loader, regions_one_by_one
 from regions import ROUNDS, RULES, discriminative_regions
 from runs import save_atomically
-from train import build_optimizer
+from train import build_optimizer, training_step
 
 MEAN, STD = (0.45, 0.44, 0.40), (0.22, 0.22, 0.22)
 VIEWS = {                       # name: mode, data set of the preset
@@ -92,6 +92,7 @@ def seconds(run, device, repeats, summary=min):
 
 
 def wait(device):
+    """Let the device finish what it was given."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
@@ -119,17 +120,6 @@ def measure_views(mode, dataset, device, batch, repeats):
 
 
 # ---------------------------------------------------------------- training steps
-
-def training_step(model, batch, optimizer, autocast, tau=0.996):
-    """One step as in train.py, without its bookkeeping."""
-    with autocast():
-        out = model(batch)
-    optimizer.zero_grad(set_to_none=True)
-    out.loss.backward()
-    optimizer.step()
-    model.update_target(tau)
-    return out
-
 
 def bench_train(device, options):
     """Table: each case along the fast path."""
@@ -185,7 +175,7 @@ def measure_step(stage, views, config, device, options, split=None):
         return views(index, config.views)._replace(progress=progress)
 
     def step():
-        return training_step(model, next(batches) if split else make(), optimizer, autocast)
+        return training_step(model, next(batches) if split else make(), optimizer, autocast, tau=0.996)
 
     calls = 5 if device.type == "cuda" else 1       # between looks at the clock: a GPU's queue must not run empty
     if split:

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 import config as settings
-from bench import keep, make_views, training_step, wait
+from bench import keep, make_views, wait
 from build import build_model, pick_device, seed_all
 from config import BadInput, METHODS, REGION_METHODS
-from train import build_optimizer
+from train import build_optimizer, training_step
 
 SYNC = "called a synchronizing CUDA operation"       # what torch.cuda.set_sync_debug_mode says of each
 STEPS, WARM_UP = 20, 10             # what is compiled for a few sizes first, then for any, is settled by then
@@ -62,7 +62,7 @@ def smoke(config, device, backend):
                 warn_of_waits(device, True)
             seed_all(0, step)
             progress = torch.full((), step / STEPS, device=device)
-            losses.append(training_step(model, views(index, config.views)._replace(progress=progress), optimizer, autocast).loss.detach())
+            losses.append(training_step(model, views(index, config.views)._replace(progress=progress), optimizer, autocast, tau=0.996).loss.detach())
         warn_of_waits(device, False)
         wait(device)
     late = time.monotonic() - settled

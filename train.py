@@ -201,12 +201,7 @@ def train(config):
         decayed, others = optimizer.param_groups
         decayed["lr"] = others["lr"] = lr
         decayed["weight_decay"] = weight_decay_at(progress, start=config.weight_decay, end=config.weight_decay_end)
-        with autocast():
-            out = parallel(batch)
-        optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        optimizer.step()
-        model.update_target(tau)
+        out = training_step(model, batch, optimizer, autocast, tau, parallel)
         meters.add(step, loss=out.loss.detach(), **out.logs)
         step += 1
         bar.update(images_per_step)
@@ -232,6 +227,17 @@ def train(config):
     distributed.on_main(figures.draw_curves, config.run_dir)
     print(f"{config.run_dir}: {steps} steps done. Next: python evaluate.py {config.run_dir / 'last.pt'} --figures")
     return 0
+
+
+def training_step(model, batch, optimizer, autocast, tau, parallel=None):
+    """One update of model and target from a batch; returns the Output.  parallel: `model` as several ranks call it."""
+    with autocast():
+        out = (parallel or model)(batch)
+    optimizer.zero_grad(set_to_none=True)
+    out.loss.backward()
+    optimizer.step()
+    model.update_target(tau)
+    return out
 
 
 def next_batch(views, config, step, epoch_steps):

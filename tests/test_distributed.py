@@ -20,6 +20,7 @@ from build import build_model, build_views, seed_all
 from config import BadInput
 from images import Batch
 from runs import load_checkpoint
+from same import same
 
 PATIENCE = 400                      # seconds until ranks that wait for each other fail a test instead of hanging it
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,16 +152,6 @@ def refuse(why):
 
 
 # ---------------------------------------------------------------- runs
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
 
 def rows_without_speed(run):
     return [re.sub(r",[^,]*(,[^,]*,[^,]*,[^,]*)$", r"\1", line) for line in (run / "metrics.csv").read_text().splitlines()]

@@ -28,6 +28,7 @@ import cache
 import datasets
 import runs
 import train
+from same import same
 
 KILLS = int(os.environ.get("KILLS", 12))
 KILLS_A_RUN = 4                 # then it is left to end
@@ -140,16 +141,6 @@ def undisturbed(fork, photos, tmp_path_factory):
 
 def command(root, name):
     return [*TINY, "--data-dir", str(root / "data"), "--out", str(root / "runs"), "--name", name]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
 
 
 def check_whole(root, folder):

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 import attention
-from bench import training_step
 from build import MODES, build_model, seed_all
 from dseq_jepa import vicreg_terms
 from jepa import prediction_loss
 from regions import cls_similarity, discriminative_regions, min_max
-from train import build_optimizer
+from train import build_optimizer, training_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, BATCH, SAMPLES = 50, 8, 64
@@ -62,7 +61,7 @@ def curve(config, views, model, bf16=False, steps=STEPS):
     for group in optimizer.param_groups:
         group["lr"] = config.lr
     autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=bf16)
-    return torch.stack([training_step(model, draw(views, config, step), optimizer, autocast).loss.detach() for step in range(steps)]).cpu()
+    return torch.stack([training_step(model, draw(views, config, step), optimizer, autocast, tau=0.996).loss.detach() for step in range(steps)]).cpu()
 
 
 @pytest.mark.parametrize("name", CASES)

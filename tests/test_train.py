@@ -13,6 +13,7 @@ import torch
 import train
 from build import build_model
 from runs import load_checkpoint
+from same import same
 from train import build_optimizer, epoch_order, lr_at, tau_at, weight_decay_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,16 +90,6 @@ def test_every_sample_once_an_epoch_in_an_order_of_seed_and_epoch():
 def rows_without_speed(run):
     with open(run / "metrics.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("mode", MODES)
