@@ -276,6 +276,7 @@ class Tee:
 
 
 def parser():
+    """The command line; the sections are SECTIONS."""
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all; on a CPU, without flops)")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")

@@ -26,10 +26,12 @@ PATIENCE = datetime.timedelta(days=7)       # how long ranks wait while one prep
 
 
 def world_size():
+    """Number of processes that train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank():
+    """This process among them, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 

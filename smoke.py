@@ -79,6 +79,7 @@ def graphs_compiled():
 
 
 def warn_of_waits(device, on):
+    """Let PyTorch warn whenever the host waits for the GPU; nothing to do on other devices."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("warn" if on else "default")
 
