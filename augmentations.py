@@ -261,11 +261,10 @@ class Augmentations:
     def __call__(self, index, M):
         """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
         images = self.images[index].float().div_(255)
-        mean, std = self.mean.view(3, 1, 1), self.std.view(3, 1, 1)
         views, params = [], []
         for recipe in [CONTEXT] * M + [TARGET]:         # a view of the whole batch at a time: small enough for CPU caches
             drawn = sample(len(index), self.size, recipe, self.device)
-            views.append(apply(images, drawn, self.size).sub_(mean).div_(std))
+            views.append(self.to_views(images, drawn))
             params.append(parameters(drawn, self.size))
         params = torch.stack(params, dim=1)
         return Batch(torch.stack(views, dim=1), self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device, non_blocking=True))
@@ -274,6 +273,10 @@ class Augmentations:
     def relative(first, last):
         """The action that takes a view with params `first` to one with `last`, (..., 9) each."""
         return last - first
+
+    def to_views(self, images, drawn):
+        """images (B, 3, S, S) float in [0, 1], Params -> views (B, 3, S, S), normalised."""
+        return apply(images, drawn, self.size).sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
 
     def prefetch(self, index, M):
         """Say that self(index, M) comes soon."""

@@ -15,6 +15,7 @@ transforms per augmented view; torchvision's to-float and normalise per render.
 """
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -38,7 +39,7 @@ from images import Part, Split
 from per_image import PerImage, loader, regions_one_by_one
 from regions import ROUNDS, RULES, discriminative_regions
 from runs import save_atomically
-from train import build_optimizer, training_step
+from train import build_optimizer, compile_all, training_step
 
 MEAN, STD = (0.45, 0.44, 0.40), (0.22, 0.22, 0.22)
 VIEWS = {                       # name: mode, data set of the preset
@@ -167,7 +168,8 @@ def measure_step(stage, views, config, device, options, split=None):
     if "+ channels_last" in done:
         model = model.to(memory_format=torch.channels_last)
     if "+ compile" in done:
-        model.compile()
+        views = copy.copy(views)                    # the eager stages of others keep theirs
+        compile_all(model, views)
     optimizer = build_optimizer(model, config, device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled="+ bf16" in done)
 

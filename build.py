@@ -6,6 +6,7 @@
 A mode is an object with
     __call__(index, M) -> Batch     sample M+1 views of each sample, on the device
     clean(index)                    image that z is probed on for classification; None: the first view
+    to_views(pixels, ...)           the work on pixels, without randomness: what train.py compiles
     relative(first, last)           action between views with these params, however far apart
     __len__, classes                samples; class names
     groups, param_groups            {name: slice} of the columns of Batch.actions and Batch.params

@@ -35,9 +35,7 @@ class Crops:
     def __call__(self, index, M=0):
         """index (B,) int64 on the CPU -> Batch.  M: not used, an image is one view."""
         B, drawn = len(index), sample(len(index), self.size, self.recipe, self.device)
-        with torch.autocast(self.device.type, enabled=False):       # pixels need more than bfloat16's 8 bits
-            images = resized_crop_flip(self.images[index].float().div_(255), drawn.crop, drawn.flip, self.size)
-        images = images.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
+        images = self.to_views(self.images[index], drawn.crop, drawn.flip)
         if self.blocks:
             context, targets = multi_block(B, self.grid, device=self.device, min_patches=self.min_patches)
             blocks = torch.cat([context[:, None], targets], dim=1).flatten(2).long()
@@ -45,6 +43,12 @@ class Crops:
             blocks = random_regions(B, self.grid, self.N, min_patches=self.min_patches, device=self.device).flatten(1)[:, None]
         coin = torch.rand(B, 1, device=self.device)
         return Batch(images[:, None], blocks, coin, self.labels[index].to(self.device, non_blocking=True))
+
+    def to_views(self, images, crop, flip):
+        """uint8 images (B, 3, S, S), crop (B, 4), flip (B,) -> crops (B, 3, S, S) float, normalised."""
+        with torch.autocast(self.device.type, enabled=False):       # pixels need more than bfloat16's 8 bits
+            crops = resized_crop_flip(images.float().div_(255), crop, flip, self.size)
+        return crops.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
 
     def prefetch(self, index, M):
         """Say that self(index, M) comes soon."""

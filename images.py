@@ -66,7 +66,7 @@ class Store:
         self.reader, self.waiting = None, []                                    # one thread; [(index, its future rows)], oldest first
 
     def __len__(self):
-        return int(self.first[-1])
+        return sum(map(len, self.parts))
 
     def __getitem__(self, index):
         """index (B,) int64 on the CPU -> (B, ...) on the device."""

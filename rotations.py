@@ -87,7 +87,11 @@ class Rotations:
         rows = self._rows(index, chosen)
         views = self.images[rows].unflatten(0, chosen.shape)
         params = self.params.flatten(0, 1)[rows.to(self.device, non_blocking=True)].unflatten(0, chosen.shape)
-        return normalise(views, self.mean, self.std, channel_dim=2), params
+        return self.to_views(views), params
+
+    def to_views(self, views):
+        """uint8 (B, K, 3, S, S) -> float, normalised."""
+        return normalise(views, self.mean, self.std, channel_dim=2)
 
     def prefetch(self, index, M):
         """Say that self(index, M) comes soon; to be called under the seed that it will come under."""

@@ -111,7 +111,11 @@ class Saccades:
     def scanpaths(self, index, count):
         """Look at each image `count` times: fixations (B, count, 2), patches (B, count, 3, p, p)."""
         fixations = sample_fixations(self.saliency[index], count, self.patch_size, self.ior)
-        return fixations, crop_patches(self.images[index], fixations, self.patch_size, self.mean, self.std)
+        return fixations, self.to_views(self.images[index], fixations)
+
+    def to_views(self, images, fixations):
+        """images (B, 3, H, W) uint8, fixations (B, K, 2) -> patches (B, K, 3, p, p), normalised."""
+        return crop_patches(images, fixations, self.patch_size, self.mean, self.std)
 
     @staticmethod
     def relative(first, last):

@@ -21,7 +21,7 @@ import config as settings
 from bench import keep, make_views, wait
 from build import build_model, pick_device, seed_all
 from config import BadInput, METHODS, REGION_METHODS
-from train import build_optimizer, training_step
+from train import build_optimizer, compile_all, training_step
 
 SYNC = "called a synchronizing CUDA operation"       # what torch.cuda.set_sync_debug_mode says of each
 STEPS, WARM_UP = 20, 10             # what is compiled for a few sizes first, then for any, is settled by then
@@ -50,7 +50,7 @@ def smoke(config, device, backend):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     torch._dynamo.reset()
     if backend:
-        model.compile(backend=backend)
+        compile_all(model, views, backend=backend)
     losses, index = [], torch.arange(config.batch_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -13,7 +13,7 @@ from build import MODES, build_model, seed_all
 from dseq_jepa import vicreg_terms
 from jepa import prediction_loss
 from regions import cls_similarity, discriminative_regions, min_max
-from train import build_optimizer, training_step
+from train import build_optimizer, compile_all, training_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, BATCH, SAMPLES = 50, 8, 64
@@ -71,16 +71,16 @@ def test_bf16_follows_float32(name, build):
     torch.testing.assert_close(bf16, plain, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["saccade", "dseq-jepa"])
+@pytest.mark.parametrize("name", ["saccade", "augment", "dseq-jepa"])
 def test_compiled_follows_eager(name, build):
-    """One case of each kind of model: modes differ in their data alone.
+    """One case of each kind of model, and of each kind of work on pixels.
 
     On a CPU all but code generation, which takes minutes there: COMPILE=1 includes it."""
     generate = DEVICE.type == "cuda" or os.environ.get("COMPILE")
     steps = STEPS if generate else 3
     plain, (config, views, model) = curve(*build(name), steps=steps), build(name)
     torch._dynamo.reset()
-    model.compile(backend="inductor" if generate else "aot_eager")
+    compile_all(model, views, backend="inductor" if generate else "aot_eager")
     torch.testing.assert_close(curve(config, views, model, steps=steps), plain, atol=1e-3, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 

@@ -1,5 +1,6 @@
 """Schedules at their corners, exact resume, signals, and the command users type."""
 import csv
+import functools
 import math
 import os
 import signal
@@ -154,8 +155,15 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(photos, tmp_p
     assert checkpoint["step"] == 5 and all(v.isfinite().all() for v in checkpoint["model"].values())
 
 
-def test_compile_failure_is_one_line_and_the_run_goes_on(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (_ for _ in ()).throw(RuntimeError("no compiler\nand more")))
+@pytest.mark.parametrize("where", [torch.nn.Module, torch], ids=["model", "views"])
+def test_compile_failure_is_one_line_and_the_run_goes_on(where, photos, tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no compiler\nand more")
+
+    compiled = (lambda f: broken) if where is torch else broken     # torch.compile itself succeeds; calling what it returns fails
+    monkeypatch.setattr(where, "compile", compiled)
+    if where is torch:
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     assert train.main(command("saccade", photos, tmp_path, "--compile", "--epochs", "1")) == 0
     assert capsys.readouterr().out.count("torch.compile failed (RuntimeError: no compiler), running eager") == 1
 
@@ -163,8 +171,9 @@ def test_compile_failure_is_one_line_and_the_run_goes_on(photos, tmp_path, monke
 @pytest.mark.parametrize("mode", ["saccade", "regions"])
 def test_compiled_runs_train(mode, photos, tmp_path, monkeypatch, capsys):
     """Everything that --compile does but code generation, which takes minutes on a CPU."""
+    monkeypatch.setattr(train, "compile_all", functools.partial(train.compile_all, backend="aot_eager"))
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *args, **kwargs: compile(self, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend="aot_eager"))
     torch._dynamo.reset()
     for name, flag in (("eager", "--no-compile"), ("compiled", "--compile")):
         assert train.main(command(mode, photos, tmp_path, "--name", name, flag, "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-6")) == 0
