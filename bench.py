@@ -168,6 +168,7 @@ def measure_step(stage, views, config, device, options, split=None):
     if "+ channels_last" in done:
         model = model.to(memory_format=torch.channels_last)
     if "+ compile" in done:
+        torch._dynamo.reset()                       # or a case compiles for any size, having seen another case's
         views = copy.copy(views)                    # the eager stages of others keep theirs
         compile_all(model, views)
     optimizer = build_optimizer(model, config, device)

@@ -252,6 +252,7 @@ def evaluate(options):
 ONLINE_LIMIT = 2000             # samples of each split that an online probe looks at
 
 
+@torch.compiler.set_stance("force_eager")        # batches of other sizes would each cost minutes of compiling
 def online(model, views, config, device, due=True):
     """Cheap probes during training (--probe-every), on the encoder as it is: k-NN, and R^2 of the action where there is one.
 

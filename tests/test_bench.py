@@ -1,4 +1,4 @@
-"""bench.py and smoke.py: the commands run, and what flops.py counts is what one can count by hand."""
+"""bench.py: the command runs, and what flops.py counts is what one can count by hand."""
 import json
 
 import pytest
@@ -6,7 +6,6 @@ import torch
 
 import bench
 import flops
-import smoke
 from build import build_model
 from crops import Crops
 
@@ -62,11 +61,3 @@ def test_region_costs_of_every_way_and_of_whole_trainings():
     assert list(costs) == list(flops.WAYS) and len({c.flops["target_encoder"] for c in costs.values()}) == 1
     whole = flops.curricula(costs)["dseq-jepa, otsu, all epochs"]
     assert 2 * whole.steps == pytest.approx(costs["dseq-jepa, random blocks"].steps + costs["dseq-jepa, otsu"].steps)
-
-
-def test_smoke_says_what_it_saw(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(smoke, "STEPS", smoke.WARM_UP + 1)
-    assert smoke.main(["--device", "cpu", "--only", "augment, seq-jepa", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "smoke.json").read_text())["cases"]["augment, seq-jepa"]
-    assert result["wrong"] == "" and len(result["loss"]) == smoke.STEPS
-    assert "augment" in smoke.verdict(result | dict(waits_per_step=0.5, waits_at=["augmentations.py:1"]), smoke.settings.Config())

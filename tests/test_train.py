@@ -175,9 +175,15 @@ def test_compiled_runs_train(mode, photos, tmp_path, monkeypatch, capsys):
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend="aot_eager"))
     torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    around_probes, online = [], train.online
+    monkeypatch.setattr(train, "online", lambda *args, **kwargs: [around_probes.append(graphs["unique_graphs"]), online(*args, **kwargs),
+                                                                  around_probes.append(graphs["unique_graphs"])][1])
     for name, flag in (("eager", "--no-compile"), ("compiled", "--compile")):
-        assert train.main(command(mode, photos, tmp_path, "--name", name, flag, "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-6")) == 0
-    assert "failed" not in capsys.readouterr().out and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        assert train.main(command(mode, photos, tmp_path, "--name", name, flag, "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-6",
+                                  "--probe-every", "1")) == 0
+    assert "failed" not in capsys.readouterr().out and graphs["unique_graphs"] > 0
+    assert around_probes[0] == around_probes[1] < around_probes[2] == around_probes[3]             # probes compile nothing
     eager, compiled = (float(rows_without_speed(tmp_path / "runs" / name)[0]["loss"]) for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, abs=1e-3)
     assert not any("_orig_mod" in k for k in load_checkpoint(tmp_path / "runs" / "compiled" / "last.pt")["model"])
