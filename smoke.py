@@ -3,8 +3,8 @@
     python smoke.py                        every case; on a GPU at the paper's model sizes with bf16 and compile, on a CPU tiny and eager
     python smoke.py --only dseq-jepa --out runs/smoke
 
-Each case trains for 20 steps on random images and fails if a loss is not finite, if anything is compiled again after the first
-10 steps, or if on a GPU the host waits for the device more often than it must: not at all, for the region methods once a step
+Each case trains for 20 steps on random images and fails if a loss is not finite, if model or pixel work do not compile as a whole
+(a graph break), if anything is compiled again after the first 10 steps, or if on a GPU the host waits for the device more often than it must: not at all, for the region methods once a step
 (attention.sizes), with Grad-CAM twice. Writes OUT/smoke.json: command, commit, device, wall time, and a line a case. Exit status 1 if
 a case fails.
 """
@@ -50,7 +50,7 @@ def smoke(config, device, backend):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     torch._dynamo.reset()
     if backend:
-        compile_all(model, views, backend=backend)
+        compile_all(model, views, backend=backend, fullgraph=True)
     losses, index = [], torch.arange(config.batch_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -80,7 +80,7 @@ def test_compiled_follows_eager(name, build):
     steps = STEPS if generate else 3
     plain, (config, views, model) = curve(*build(name), steps=steps), build(name)
     torch._dynamo.reset()
-    compile_all(model, views, backend="inductor" if generate else "aot_eager")
+    compile_all(model, views, backend="inductor" if generate else "aot_eager", fullgraph=True)
     torch.testing.assert_close(curve(config, views, model, steps=steps), plain, atol=1e-3, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
