@@ -1,6 +1,6 @@
 #!/bin/sh
-# What to run on a machine with one GPU, most wanted first; results in OUT, default runs/gpu. Never timed yet:
-# compiling takes most of it, perhaps 10 to 25 minutes. Each part stands alone: sh gpu.sh smoke, numerics, speed, train; without a word, all.
+# What to run on a machine with one GPU, most wanted first; results in OUT, default runs/gpu. Not timed on a GPU yet. Most of it is
+# compiling: 6 minutes for part smoke on one slow core, less on several, next to nothing the second time. Each part stands alone: sh gpu.sh smoke, numerics, speed, train; without a word, all.
 #
 #   sh gpu.sh [PART ...]          or: PYTHON=python3 OUT=somewhere sh gpu.sh
 #
