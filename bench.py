@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from statistics import median
 
@@ -299,7 +300,7 @@ def parser():
 
 
 def main(argv=None):
-    """Print the tables. Exit status 0, 2 for bad input."""
+    """Print the tables. Exit status 0, 1 if a section broke off, 2 for bad input."""
     options, started, printed, status = parser().parse_args(argv), time.monotonic(), io.StringIO(), 0
     try:
         device = pick_device(options.device)
@@ -321,6 +322,9 @@ def main(argv=None):
                 except BadInput as error:       # OpenCV absent, for example: the other sections need none
                     status = 2
                     print(f"error: {section}: {error}", file=sys.stderr)
+                except Exception:               # a bug: whoever waits for a lent machine still gets the rest
+                    status = 1
+                    traceback.print_exc()
                 print()
             if options.json:                    # after every section: the next may take what is left of the machine's time
                 keep(options.json, device, started, threads=options.threads, tables=printed.getvalue().splitlines())

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import config as settings
-from bench import keep, make_views, wait
+from bench import TRAIN, keep, make_views, wait
 from build import build_model, pick_device, seed_all
 from config import BadInput, METHODS, REGION_METHODS
 from train import build_optimizer, compile_all, training_step
@@ -26,6 +26,7 @@ from train import build_optimizer, compile_all, training_step
 SYNC = "called a synchronizing CUDA operation"       # what torch.cuda.set_sync_debug_mode says of each
 STEPS, WARM_UP = 20, 10             # what is compiled for a few sizes first, then for any, is settled by then
 DATASETS = {"saccade": "stl10", "rotation": "3diebench", "augment": "tiny-imagenet", "regions": "tiny-imagenet"}
+BATCHES = {mode: batch for mode, _, _, batch in TRAIN.values()}      # bench.py's, which then finds compiled what smoke.py compiled
 CASES = {method if mode == "regions" else f"{mode}, {method}": (mode, dict(method=method)) for mode in DATASETS for method in METHODS[mode]}
 CASES |= {
     "dseq-jepa, grad-cam": ("regions", dict(method="dseq-jepa", proxy="grad-cam")),
@@ -117,7 +118,7 @@ def main(argv=None):
     for name, (mode, changes) in CASES.items():
         if options.only and name not in options.only:
             continue
-        values = settings.preset(DATASETS[mode], mode, quick=not on_gpu) | dict(saliency="uniform", batch_size=128 if on_gpu else 8)
+        values = settings.preset(DATASETS[mode], mode, quick=not on_gpu) | dict(saliency="uniform", batch_size=BATCHES[mode] if on_gpu else 8)
         config = settings.check(settings.Config(**values | changes))
         try:
             result = smoke(config, device, backend)
