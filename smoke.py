@@ -3,10 +3,10 @@
     python smoke.py                        every case; on a GPU at the paper's model sizes with bf16 and compile, on a CPU tiny and eager
     python smoke.py --only dseq-jepa --out runs/smoke
 
-Each case trains for 20 steps on random images and fails if a loss is not finite, if model or pixel work do not compile as a whole
-(a graph break), if anything is compiled again after the first 10 steps, or if on a GPU the host waits for the device more often than it must: not at all, for the region methods once a step
-(attention.sizes), with Grad-CAM twice. Writes OUT/smoke.json: command, commit, device, wall time, and a line a case. Exit status 1 if
-a case fails.
+Each case trains for 20 steps on random images and fails if a loss is not finite, if the model or the work on pixels does not
+compile as one graph, if anything is compiled again after the first 10 steps, or if on a GPU the host waits for the device more often
+than it must: not at all, for the region methods once a step (attention.sizes), with Grad-CAM twice. Writes OUT/smoke.json: command,
+commit, device, wall time, and a line a case. Exit status 1 if a case fails.
 """
 import argparse
 import functools
