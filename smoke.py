@@ -129,7 +129,7 @@ def main(argv=None):
         loss, rate = result.get("loss", [float("nan")]), result.get("samples_per_second", 0)
         print(f"{'FAILED' if result['wrong'] else 'ok':6s} {name:22s} loss {loss[0]:.3f} -> {loss[-1]:.3f} {rate:9,.0f} samples/s  "
               f"{result['wrong']}", flush=True)
-    keep(Path(options.out) / "smoke.json", device, started, compile=backend, bf16=on_gpu, cases=results)
+        keep(Path(options.out) / "smoke.json", device, started, compile=backend, bf16=on_gpu, cases=results)     # a limit may end this
     print(f"{Path(options.out) / 'smoke.json'}: {len(results)} cases in {time.monotonic() - started:.0f} s")
     return int(any(r["wrong"] for r in results.values()))
 
