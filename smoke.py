@@ -25,14 +25,15 @@ from train import build_optimizer, compile_all, training_step
 
 SYNC = "called a synchronizing CUDA operation"       # what torch.cuda.set_sync_debug_mode says of each
 STEPS, WARM_UP = 20, 10             # what is compiled for a few sizes first, then for any, is settled by then
-DATASETS = {"saccade": "stl10", "rotation": "3diebench", "augment": "tiny-imagenet", "regions": "tiny-imagenet"}
-BATCHES = {mode: batch for mode, _, _, batch in TRAIN.values()}      # bench.py's, which then finds compiled what smoke.py compiled
+DATASETS = {mode: dataset for mode, dataset, _, _ in TRAIN.values()}        # bench.py's, as are the batches: it then finds the code compiled
+BATCHES = {mode: batch for mode, _, _, batch in TRAIN.values()}
 CASES = {method if mode == "regions" else f"{mode}, {method}": (mode, dict(method=method)) for mode in DATASETS for method in METHODS[mode]}
-CASES |= {
+VARIANTS = {                        # other plans for compiled parts that a method above has tried: eager
     "dseq-jepa, grad-cam": ("regions", dict(method="dseq-jepa", proxy="grad-cam")),
     "dseq-jepa, no cls": ("regions", dict(method="dseq-jepa", cls=False, regions="random")),
     "dseq-jepa, flat": ("regions", dict(method="dseq-jepa", order="flat")),
 }
+CASES |= VARIANTS
 
 
 def waits_allowed(config):
@@ -104,12 +105,15 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="smoke.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
+    p.add_argument("--batch-size", type=int, metavar="N", help="samples per batch (default: bench.py's on a GPU, else 8)")
     p.add_argument("--backend", choices=["none", "inductor", "aot_eager"],
                    help="of torch.compile (default: inductor on CUDA, else none); aot_eager generates no code and is quick")
     p.add_argument("--out", default="runs/smoke", metavar="DIR", help="where smoke.json goes (default: runs/smoke)")
     options = p.parse_args(argv)
     try:
         device = pick_device(options.device)
+        if options.batch_size is not None and options.batch_size < 2:
+            raise BadInput(f"--batch-size {options.batch_size}: must be at least 2")
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -118,10 +122,11 @@ def main(argv=None):
     for name, (mode, changes) in CASES.items():
         if options.only and name not in options.only:
             continue
-        values = settings.preset(DATASETS[mode], mode, quick=not on_gpu) | dict(saliency="uniform", batch_size=BATCHES[mode] if on_gpu else 8)
+        batch = options.batch_size or (BATCHES[mode] if on_gpu else 8)
+        values = settings.preset(DATASETS[mode], mode, quick=not on_gpu) | dict(saliency="uniform", batch_size=batch)
         config = settings.check(settings.Config(**values | changes))
         try:
-            result = smoke(config, device, backend)
+            result = smoke(config, device, None if name in VARIANTS else backend)
             result["wrong"] = verdict(result, config)
         except Exception as error:          # one case must not hide the others; errors of the compiler have no common type
             result = dict(wrong=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")

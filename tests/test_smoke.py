@@ -29,6 +29,7 @@ def test_smoke_says_what_it_saw(tmp_path, capsys, monkeypatch):
     assert smoke.main(["--device", "cpu", "--only", "augment, seq-jepa", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "smoke.json").read_text())["cases"]["augment, seq-jepa"]
     assert result["wrong"] == "" and len(result["loss"]) == smoke.STEPS
+    assert smoke.main(["--device", "cpu", "--batch-size", "1"]) == 2 and "--batch-size 1: must be at least 2" in capsys.readouterr().err
     assert "augment" in smoke.verdict(result | dict(waits_per_step=0.5, waits_at=["augmentations.py:1"]), smoke.settings.Config())
 
 
@@ -85,7 +86,8 @@ def fake_gpu(monkeypatch):
 def test_a_step_mixes_no_devices_and_waits_for_the_gpu_only_where_it_says(case, fake_gpu):
     mode, changes = smoke.CASES[case]
     values = settings.preset(smoke.DATASETS[mode], mode) | dict(saliency="uniform", batch_size=BATCH)
-    config = settings.check(settings.Config(**values | changes))
+    small = dict(encoder="vit-nano", image_size=64) if mode == "regions" else {}          # weights are real, and ViT-B's take a while to draw
+    config = settings.check(settings.Config(**values | changes | small))
     views, _ = bench.make_views(mode, config, BATCH, GPU)
     with unset_fake_temporarily():
         model = build_model(config, views.groups)
