@@ -1,6 +1,6 @@
 #!/bin/sh
 # What to run on a machine with one GPU, most wanted first; results in OUT, default runs/gpu. Not timed on a GPU yet. Most of it is
-# compiling: 6 minutes for part smoke on one slow core, less on several cores, far less the second time.
+# compiling: seven models at 1 to 5 minutes each on one slow core, less on several cores, far less the second time.
 # Each part stands alone: sh gpu.sh smoke, numerics, speed, train; without a word, all.
 #
 #   sh gpu.sh [PART ...]          or: PYTHON=python3 OUT=somewhere sh gpu.sh
