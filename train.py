@@ -68,7 +68,8 @@ def build_optimizer(model, config, device):
 def compile_all(model, views, **options):
     """torch.compile the model and the pixel work of a mode, in place: parameter names stay free of prefixes.
 
-    The pixel work of mode augment launches 250 kernels a view when eager, 40 when compiled, and those read and write less."""
+    The pixel work of mode augment at 64 px launches 254 kernels a view when eager and 38 when compiled (counted under
+    torch 2.11), which read and write the images less often."""
     model.compile(**options)
     views.to_views = torch.compile(views.to_views, **options)
 
