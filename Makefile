@@ -17,7 +17,7 @@ test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 gpu: .venv/test
-	PYTHON=$(BIN)/python sh gpu.sh
+	PYTHON=$(BIN)/python sh benchmarks/gpu.sh
 
 .venv/run: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'

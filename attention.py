@@ -19,9 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# cuDNN's attention, PyTorch's first choice on Hopper, plans anew for every length of rows, and ours change from step to step.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
 
 class Layout(NamedTuple):
     """Where T packed tokens come from, where they meet, and which see which."""

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from images import Batch, normalise, single_images
+from images import Batch, Views
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of Params.jitter and values of Params.order
 IDENTITY = (1.0, 1.0, 1.0, 0.0)  # the row of Params.jitter that changes nothing
@@ -242,46 +242,32 @@ def solarise(images, solarised):
     return torch.minimum(images, ceiling - images)
 
 
-class Augmentations:
+class Augmentations(Views):
     """Mode `augment`: sample indices -> Batch of augmented versions of the same image.
 
-    M observed views by the recipe CONTEXT, the one to predict by TARGET. split: images.Split; renders of one
-    object count as separate images. actions (B, M, 9): differences of parameters(). params (B, M+1, 9)."""
+    M observed views by the recipe CONTEXT, the one to predict by TARGET. split: images.Split; renders
+    of one object count as separate images. actions (B, M, 9): differences of parameters().
+    params (B, M+1, 9)."""
 
-    groups = param_groups = GROUPS
-
-    def __init__(self, split, config, device):
-        self.images, self.labels = single_images(split, device, config.resident)
-        self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
-        self.classes, self.size, self.device = split.classes, config.image_size, device
-
-    def __len__(self):
-        return len(self.labels)
+    conditions = ("all", "crop", "jitter", "blur", "none")
+    groups = GROUPS
+    param_groups = GROUPS
+    maps = {"crop y": 0, "crop x": 1, "brightness": 4, "blur sigma": 8}
 
     def __call__(self, index, M):
         """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
         images = self.images[index].float().div_(255)
-        views, params = [], []
-        for recipe in [CONTEXT] * M + [TARGET]:         # a view of the whole batch at a time: small enough for CPU caches
-            drawn = sample(len(index), self.size, recipe, self.device)
+        views = []
+        params = []
+        for recipe in [CONTEXT] * M + [TARGET]:     # one view of the batch at a time fits a CPU's caches
+            drawn = sample(len(index), self.image_size, recipe, self.device)
             views.append(self.to_views(images, drawn))
-            params.append(parameters(drawn, self.size))
+            params.append(parameters(drawn, self.image_size))
         params = torch.stack(params, dim=1)
-        return Batch(torch.stack(views, dim=1), self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device, non_blocking=True))
-
-    @staticmethod
-    def relative(first, last):
-        """The action that takes a view with params `first` to one with `last`, (..., 9) each."""
-        return last - first
+        actions = self.relative(params[:, :-1], params[:, 1:])
+        return Batch(torch.stack(views, dim=1), actions, params, self.labels_of(index))
 
     def to_views(self, images, drawn):
         """images (B, 3, S, S) float in [0, 1], Params -> views (B, 3, S, S), normalised."""
-        return apply(images, drawn, self.size).sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
-
-    def prefetch(self, index, M):
-        """Say that self(index, M) comes soon."""
-        self.images.prefetch(index)
-
-    def clean(self, index):
-        """What z is probed on: the image itself, (B, 3, S, S)."""
-        return normalise(self.images[index], self.mean, self.std, channel_dim=1)
+        views = apply(images, drawn, self.image_size)
+        return views.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))

@@ -3,30 +3,17 @@
     views = build_views(config, "train", device)     index (B,), M  ->  Batch
     model = build_model(config, views.groups)        Batch          ->  Output
 
-A mode is an object with
-    __call__(index, M) -> Batch     sample M+1 views of each sample, on the device
-    clean(index)                    image that z is probed on for classification; None: the first view
-    to_views(pixels, ...)           the work on pixels, without randomness: what train.py compiles
-    relative(first, last)           action between views with these params, however far apart
-    __len__, classes                samples; class names
-    groups, param_groups            {name: slice} of the columns of Batch.actions and Batch.params
+A mode is a class of views (images.Views), listed in config.MODES.
 """
-import numpy as np
-import torch
-
 from aggregator import Aggregator
-from augmentations import Augmentations
-from config import BadInput
-from crops import Crops
+from config import MODES
 from datasets import load
 from dseq_jepa import VICREG_WEIGHT, Discriminative, MultiBlock, RegionJEPA
 from encoder import ResNet18, ViT
 from jepa import ActionEmbedding, SeqJEPA
+from plumbing.device import seed_all
+from plumbing.errors import BadInput
 from predictor import Predictor, RegionPredictor
-from rotations import Rotations
-from saccades import Saccades
-
-MODES = {"augment": Augmentations, "rotation": Rotations, "saccade": Saccades, "regions": Crops}
 
 
 def build_views(config, split, device):
@@ -76,20 +63,3 @@ def stem(config):
     if config.stem != "auto":
         return config.stem
     return "cifar" if config.view_size <= 48 else "imagenet"
-
-
-def pick_device(name):
-    """torch.device for --device; auto takes CUDA, then MPS, then the CPU."""
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.split(":")[0], False):
-        raise BadInput(f"--device {name}: not available here; use auto, cpu, cuda or mps")
-    if name.startswith("cuda:") and not (name[5:].isdigit() and int(name[5:]) < torch.cuda.device_count()):
-        raise BadInput(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return torch.device(name)
-
-
-def seed_all(*where):
-    """Seed every generator from integers such as (seed, epoch, step): the owner of all randomness."""
-    torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0]))

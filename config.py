@@ -12,25 +12,19 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from augmentations import Augmentations
 from encoder import VITS
-
-
-class BadInput(Exception):
-    """Something the user can mend. `main` prints its one line and exits with status 2."""
-
+from plumbing.errors import BadInput
+from regions import Crops
+from rotations import Rotations
+from saccades import Saccades
 
 DATASETS = ("stl10", "cifar10", "cifar100", "tiny-imagenet", "3diebench", "imagenet", "folder", "solids", "clevr-count", "clevr-distance")
 
-# What each mode may condition on (--condition); the first is the default.  Sec. 2.3, A.1
-CONDITIONS = {
-    "saccade": ("position", "none"),
-    "rotation": ("rotation", "color", "rotation+color", "none"),
-    "augment": ("all", "crop", "jitter", "blur", "none"),
-    "regions": ("none",),
-}
-# What each mode can train (--method); the first is the default.
-REGION_METHODS = ("dseq-jepa", "i-jepa", "c-jepa", "dseq-c-jepa")
-METHODS = dict.fromkeys(("saccade", "rotation", "augment"), ("seq-jepa",)) | {"regions": REGION_METHODS}
+# --mode: what a view and an action are.  images.Views says what a class needs to stand here.
+MODES = {"saccade": Saccades, "rotation": Rotations, "augment": Augmentations, "regions": Crops}
+
+REGION_METHODS = Crops.methods
 ENCODERS = {"seq-jepa": ("resnet18",)} | dict.fromkeys(REGION_METHODS, tuple(VITS))
 DEFAULT_EPOCHS, EPOCHS_3DIEBENCH = 2000, 1000                                  # Sec. 4.2
 
@@ -97,7 +91,7 @@ class Config:
     """Settings of one run; stored in `config.json` and in every checkpoint."""
     # What is seen
     dataset: str = _flag("stl10", "which images", choices=DATASETS)
-    mode: str = _flag("saccade", "what a view and an action are", choices=tuple(CONDITIONS))
+    mode: str = _flag("saccade", "what a view and an action are", choices=tuple(MODES))
     condition: str = _flag("position", "actions the model is told; the rest are only probed")
     views: int = _flag(4, "M, observed views of a training sequence; view M+1 is predicted", flag_metavar="M")
     data_dir: str = _flag("data", "where the data is, or is put", flag_metavar="DIR")
@@ -182,7 +176,7 @@ def preset(dataset, mode, quick=False):
     if (dataset, mode) not in PRESETS:
         known = sorted({m for d, m in PRESETS if d == dataset})
         raise BadInput(f"--mode {mode} does not apply to --dataset {dataset}; choose {' or '.join(known)}")
-    values = dict(dataset=dataset, mode=mode, condition=CONDITIONS[mode][0]) | (REGIONS if mode == "regions" else {}) | PRESETS[dataset, mode]
+    values = dict(dataset=dataset, mode=mode, condition=MODES[mode].conditions[0]) | (REGIONS if mode == "regions" else {}) | PRESETS[dataset, mode]
     if quick:
         values |= QUICK | QUICK_MODE[mode] | (QUICK_SOLIDS[mode] if dataset == "solids" else {}) | dict(quick=True)
     return values
@@ -211,7 +205,7 @@ def from_command_line(argv=None):
     first.add_argument("--mode", default="saccade")
     first.add_argument("--quick", action="store_true")
     chosen, _ = first.parse_known_args(argv)
-    known = chosen.dataset in DATASETS and chosen.mode in CONDITIONS    # if not, the full parser says so
+    known = chosen.dataset in DATASETS and chosen.mode in MODES    # if not, the full parser says so
     defaults = Config(**preset(chosen.dataset, chosen.mode, chosen.quick)) if known else Config()
     return check(Config(**vars(parser(defaults).parse_args(argv))))
 
@@ -221,10 +215,10 @@ def check(config):
 
     Raises: BadInput, naming the flag, what was expected and what to do."""
     c = config
-    if c.condition not in CONDITIONS[c.mode]:
-        raise BadInput(f"--condition {c.condition}: mode {c.mode} offers {', '.join(CONDITIONS[c.mode])}")
-    if c.method not in METHODS[c.mode]:
-        raise BadInput(f"--method {c.method}: mode {c.mode} offers {', '.join(METHODS[c.mode])}")
+    if c.condition not in MODES[c.mode].conditions:
+        raise BadInput(f"--condition {c.condition}: mode {c.mode} offers {', '.join(MODES[c.mode].conditions)}")
+    if c.method not in MODES[c.mode].methods:
+        raise BadInput(f"--method {c.method}: mode {c.mode} offers {', '.join(MODES[c.mode].methods)}")
     if c.encoder not in ENCODERS[c.method]:
         raise BadInput(f"--encoder {c.encoder}: method {c.method} offers {', '.join(ENCODERS[c.method])}")
     if c.mode == "regions":
@@ -250,8 +244,8 @@ def check(config):
     if c.name and Path(c.name).name != c.name:
         raise BadInput(f"--name {c.name}: expected a plain folder name; use --out for the folder it goes in")
     quick = "quick-" if c.quick else ""
-    suffix = "" if c.condition == CONDITIONS[c.mode][0] else f"-{c.condition}"
-    suffix += "" if c.method == METHODS[c.mode][0] else f"-{c.method}"
+    suffix = "" if c.condition == MODES[c.mode].conditions[0] else f"-{c.condition}"
+    suffix += "" if c.method == MODES[c.mode].methods[0] else f"-{c.method}"
     return dataclasses.replace(c, name=c.name or f"{quick}{c.dataset}-{c.mode}{suffix}")
 
 

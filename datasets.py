@@ -18,14 +18,14 @@ import torch
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 
-import shapes
-import solids
-from cache import cache_path, cached
-from clevr import CLASSES as CLEVR_CLASSES
-from clevr import clevr_files
-from config import BadInput
+from sources import shapes
+from sources import solids
+from plumbing.cache import cache_path, cached
+from sources.clevr import CLASSES as CLEVR_CLASSES
+from sources.clevr import clevr_files
+from plumbing.errors import BadInput
 from images import SPLIT_SEED, Part, Split, choose, decode
-from threediebench import read_3diebench
+from sources.threediebench import read_3diebench
 
 # Per data set: mean and standard deviation of pixels in [0, 1].  A.1; ImageNet's are the usual ones.
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import arrange, sizes
-from distributed import gather
+from plumbing.distributed import gather
 from jepa import Output
 from regions import cls_similarity, discriminative_regions, grad_cam, min_max, reorder
 

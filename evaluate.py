@@ -6,7 +6,7 @@
     python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR       (B.6)
     python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset folder --data-dir CUB   a ViT on other data
 
-The probes of mode `regions` are in evaluate_regions.py.
+The probes of mode `regions` are in probes_regions.py.
 
 Prints a table, each number beside the same probe on a randomly initialised model of the same shape, and
 beside the paper's where there is one; writes it to runs/NAME/probes.json. Heads train on features that
@@ -26,15 +26,17 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import config as settings
-import evaluate_regions
+import probes_regions
 import figures
 import figures_regions
-from build import build_model, build_views, pick_device, seed_all
-from config import BadInput
+from build import build_model, build_views
+from plumbing.device import pick_device, seed_all
+from plumbing.errors import BadInput
 from paper import paper_numbers
 from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
-from report import write_report
-from runs import config_of, load_checkpoint, restore, save_atomically
+from plumbing.report import write_report
+from plumbing.runs import config_of, load_checkpoint, restore
+from plumbing.files import save_atomically
 
 HEADS = {"linear classifier": (linear_head, 300), "mlp": (mlp_head, 300), "linear": (linear_head, 50)}    # and epochs, A.2
 # Which head regresses which part of an action.  A.2
@@ -135,8 +137,8 @@ def multiply_adds(model, views, M):
 
 PROBES = {"classify": probe_classify, "knn": probe_knn, "action": probe_action, "parameters": probe_parameters,
           "path": probe_path, "invariance": probe_invariance, "retrieval": probe_retrieval,
-          "transfer": probe_transfer, "linear": evaluate_regions.probe_linear, "cls": evaluate_regions.probe_cls,
-          "finetune": evaluate_regions.probe_finetune}
+          "transfer": probe_transfer, "linear": probes_regions.probe_linear, "cls": probes_regions.probe_cls,
+          "finetune": probes_regions.probe_finetune}
 APPLIES = {"saccade": ("classify", "knn", "action", "parameters", "path"),
            "rotation": ("classify", "knn", "action", "parameters", "path", "invariance", "retrieval"), "augment": ("classify", "knn", "action", "parameters"),
            "regions": ("linear", "knn", "cls")}
@@ -193,7 +195,7 @@ def measure_views(model, setup):
 
 
 # What a mode measures, draws and looks at while it trains.
-MEASURE = dict.fromkeys(("saccade", "rotation", "augment"), measure_views) | {"regions": evaluate_regions.measure_features}
+MEASURE = dict.fromkeys(("saccade", "rotation", "augment"), measure_views) | {"regions": probes_regions.measure_features}
 DRAW = dict.fromkeys(("saccade", "rotation", "augment"), figures.draw_all) | {"regions": figures_regions.draw_all}
 
 
@@ -277,7 +279,7 @@ def online_views(model, views, config, device, some):
 
 
 ONLINE = dict.fromkeys(("saccade", "rotation", "augment"), (online_views, ("knn_z", "knn_z_agg", "action_r2")))
-ONLINE["regions"] = evaluate_regions.online_regions, ("knn_patches", "knn_cls")
+ONLINE["regions"] = probes_regions.online_regions, ("knn_patches", "knn_cls")
 
 
 def choose_probes(options, config):

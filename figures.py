@@ -28,8 +28,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runs
-from build import seed_all
+from plumbing import runs
+from plumbing.device import seed_all
+from plumbing.files import save_atomically
 
 BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
@@ -349,6 +350,6 @@ def _bare(axes):
 
 
 def _save(figure, path):
-    runs.save_atomically(Path(path), lambda part: figure.savefig(part, dpi=110, format="png"))
+    save_atomically(Path(path), lambda part: figure.savefig(part, dpi=110, format="png"))
     plt.close(figure)
     return path

@@ -2,7 +2,8 @@
 
     Split      one split of a data set: uint8 arrays, labels, normalisation constants
     Store      store[index] is a batch of rows, on the device
-    Batch      what a mode makes of a batch, for the model and for the probes
+    Batch      what a mode makes of a batch of samples, for the model and for the probes
+    Views      what a mode is: the contract, and what all modes share
 
 Images are (N, 3, S, S), or (N, V, 3, S, S) for sets with V renders of each object.
 Checked in tests/test_images.py.
@@ -15,7 +16,7 @@ import torch
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 
-from config import BadInput
+from plumbing.errors import BadInput
 
 AHEAD = 2           # batches a Store may hold: the one at hand and the next
 SPLIT_SEED = 0      # which images --limit and a folder's 90/10 split choose; the same for every --seed
@@ -97,6 +98,64 @@ class Store:
             mine = (which == i).nonzero()[:, 0]
             rows.index_copy_(0, mine, part.index_select(0, index[mine] - self.first[i]))      # much faster than rows[...] = part[...]
         return rows
+
+
+class Views:
+    """A mode: what a view is, and what an action. `Views(split, config, device)`, one for each split.
+
+    All that the rest of the code asks of a mode; a new one fills in the first two and what differs.
+
+        views(index, M) -> Batch    M+1 views of each sample; index (B,) int64 on the CPU
+        to_views(pixels, ...)       the work on pixels alone, without randomness: torch.compile takes it
+        relative(first, last)       action between views with these params, (..., P) each, however far
+                                    apart in a sequence: (..., A)
+        clean(index)                what z is probed on for its class, (B, 3, S, S); None: the first view
+        prefetch(index, M)          be told, under the same seed, that views(index, M) comes soon
+        len(views), labels, classes, device, mean, std
+
+    and, known before any image is read:"""
+
+    conditions = ("none",)      # choices of --condition: what the model is told; the first is the default
+    methods = ("seq-jepa",)     # choices of --method: what can learn from such views; likewise
+    reads = ()                  # fields of Config that this mode reads and others may not
+    groups = {}                 # {name: slice} of the columns of Batch.actions
+    param_groups = {}           # {name: slice} of the columns of Batch.params
+    maps = {}                   # {words: column of Batch.params}: what maps of z are coloured by
+
+    def __init__(self, split, config, device):
+        self.images, self.labels = single_images(split, device, config.resident)
+        self.mean = torch.tensor(split.mean, device=device)
+        self.std = torch.tensor(split.std, device=device)
+        self.image_size = config.image_size
+        self.classes = split.classes
+        self.device = device
+
+    def __len__(self):
+        return len(self.labels)
+
+    def labels_of(self, index):
+        """Labels (B,) of samples, on the device."""
+        return self.labels[index].to(self.device, non_blocking=True)
+
+    def relative(self, first, last):
+        """The action that takes a view with params `first` to one with `last`."""
+        return last - first
+
+    def clean(self, index):
+        """The whole image, normalised: (B, 3, S, S). Encoders pool, so its size may differ from a view's."""
+        return normalise(self.images[index], self.mean, self.std, channel_dim=1)
+
+    def prefetch(self, index, M):
+        """Say that self(index, M) comes soon."""
+        self.images.prefetch(index)
+
+    def compile(self, **options):
+        """torch.compile the work on pixels, in place; `run_eagerly` undoes it."""
+        self.to_views = torch.compile(self.to_views, **options)
+
+    def run_eagerly(self):
+        """Forget the compiled work on pixels."""
+        vars(self).pop("to_views", None)
 
 
 def single_images(split, device, resident="auto"):

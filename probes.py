@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from build import seed_all
+from plumbing.device import seed_all
 
 
 class Features(NamedTuple):

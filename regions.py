@@ -13,6 +13,18 @@ threshold again and again, and appends the components that come up.
 
 Beside them, with the same shapes: random blocks for the curriculum, I-JEPA's masks, and the orders of Table 5.
 
+Last, mode `regions` itself (0.A.1.2): one random resized crop of each image, and the step's random blocks.
+
+    index (B,)  ->  Batch.views    (B, 1, 3, S, S), normalised: a crop of area 0.3 to 1 and nothing else
+                    Batch.actions  random blocks over the P patches, int64:
+                                   (B, 1, P) ranks 1..N of the curriculum's regions, or
+                                   (B, 5, P) 0 or 1: I-JEPA's context, then its four targets
+                    Batch.params   (B, 1) uniform in [0, 1): below the curriculum's probability, salient
+                                   regions are used
+
+A step's randomness is drawn there, so that the model is a function of its batch (but for --order random).
+Images are cropped from the stored S x S ones, not from the files.
+
 All is batched, of fixed shapes, and never waits for the device. Thresholds equal OpenCV's, components SciPy's. Differs
 from the authors' code, which drops regions under 30 patches and leaves an image whose regions run out without them.
 I-JEPA's code never places a block on the last row or column; here every place that fits is as likely.
@@ -20,6 +32,9 @@ Checked in tests/test_regions.py.
 """
 import torch
 import torch.nn.functional as F
+
+from augmentations import Recipe, resized_crop_flip, sample
+from images import Batch, Views
 
 RULES = ("otsu", "otsu-refill")
 ORDERS = ("discriminative", "random", "spatial", "truncated")
@@ -226,3 +241,44 @@ def reorder(rank, N, order, generator=None):
     position = torch.where(size > 0, key, H * W).argsort(dim=1, stable=True).argsort(dim=1)
     kept = rank.new_zeros(len(rank), 1)
     return torch.cat([kept, position + 1, kept + N], dim=1).gather(1, rank.flatten(1)).view_as(rank)
+
+
+class Crops(Views):
+    """Mode `regions`: sample indices -> Batch of one crop each, with random blocks.
+
+    split: images.Split; renders of one object count as separate images."""
+
+    methods = ("dseq-jepa", "i-jepa", "c-jepa", "dseq-c-jepa")
+    reads = ("patch_size", "crop_scale", "min_patches", "region_count")
+
+    def __init__(self, split, config, device):
+        super().__init__(split, config, device)
+        side = config.image_size // config.patch_size
+        self.grid = (side, side)
+        self.recipe = Recipe(scale=(config.crop_scale, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
+        self.multi_block = config.method in ("i-jepa", "c-jepa")
+        self.N = config.region_count
+        self.min_patches = config.min_patches
+
+    def __call__(self, index, M=0):
+        """index (B,) int64 on the CPU -> Batch.  M: not used, an image is one view."""
+        B = len(index)
+        drawn = sample(B, self.image_size, self.recipe, self.device)
+        images = self.to_views(self.images[index], drawn.crop, drawn.flip)
+        blocks = self.random_blocks(B)
+        coin = torch.rand(B, 1, device=self.device)
+        return Batch(images[:, None], blocks, coin, self.labels_of(index))
+
+    def random_blocks(self, B):
+        """I-JEPA's context and targets (B, 5, P), or the curriculum's ranks (B, 1, P)."""
+        if not self.multi_block:
+            rank = random_regions(B, self.grid, self.N, min_patches=self.min_patches, device=self.device)
+            return rank.flatten(1)[:, None]
+        context, targets = multi_block(B, self.grid, device=self.device, min_patches=self.min_patches)
+        return torch.cat([context[:, None], targets], dim=1).flatten(2).long()
+
+    def to_views(self, images, crop, flip):
+        """uint8 images (B, 3, S, S), crop (B, 4), flip (B,) -> crops (B, 3, S, S) float, normalised."""
+        with torch.autocast(self.device.type, enabled=False):       # pixels need more than bfloat16's 8 bits
+            crops = resized_crop_flip(images.float().div_(255), crop, flip, self.image_size)
+        return crops.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))

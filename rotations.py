@@ -13,8 +13,8 @@ Checked in tests/test_rotations.py against SciPy.
 """
 import torch
 
-from config import BadInput
-from images import Batch, Store, normalise
+from plumbing.errors import BadInput
+from images import Batch, Views, normalise
 
 FLOOR_HUE, LIGHT_HUE = 3, 6     # columns of the seven latents: rotation x, y, z; floor hue; light theta, phi, hue
 
@@ -44,49 +44,52 @@ def relative(q1, q2):
     return multiply(inverse(q1), q2)
 
 
-class Rotations:
+class Rotations(Views):
     """Mode `rotation`: object indices -> Batch of M+1 distinct renders of each object, in random order.
 
     split: images.Split with images (N, V, 3, S, S) and latents (N, V, 7).
     actions (B, M, 6): relative quaternion, then differences of floor hue and light hue.
-    params (B, M+1, 9): the view's own quaternion, floor hue, light hue, and last its three angles in radians."""
+    params (B, M+1, 9): the view's own quaternion, floor hue, light hue, and last its three angles in
+    radians."""
 
+    conditions = ("rotation", "color", "rotation+color", "none")
     groups = {"rotation": slice(0, 4), "color": slice(4, 6)}
     param_groups = {"rotation": slice(0, 4), "color": slice(4, 6)}
+    maps = {"angle x": 6, "angle y": 7, "angle z": 8}
 
     def __init__(self, split, config, device):
+        super().__init__(split, config, device)
         images, = (part.images for part in split.parts)
-        assert images.ndim == 5, f"mode rotation needs objects (N, V, 3, S, S) with V renders each, got {images.shape}"
+        assert images.ndim == 5, f"mode rotation needs objects (N, V, 3, S, S), got {images.shape}"
         N, self.view_count = images.shape[:2]
-        assert split.latents.shape == (N, self.view_count, 7), f"images {images.shape} need latents (N, V, 7), got {split.latents.shape}"
-        self.images = Store([images.reshape(-1, *images.shape[2:])], device, config.resident)
+        assert split.latents.shape == (N, self.view_count, 7), \
+            f"images {images.shape} need latents (N, V, 7), got {split.latents.shape}"
         latents = torch.as_tensor(split.latents).to(device)
         angles = latents[..., :3]
-        self.params = torch.cat([quaternion(angles), latents[..., [FLOOR_HUE, LIGHT_HUE]], angles], dim=-1)    # (N, V, 9)
-        self.labels = torch.from_numpy(split.labels)
-        self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
-        self.classes, self.device = split.classes, device
-
-    def __len__(self):
-        return len(self.labels)
+        hues = latents[..., [FLOOR_HUE, LIGHT_HUE]]
+        self.params = torch.cat([quaternion(angles), hues, angles], dim=-1)             # (N, V, 9)
+        self.labels = torch.from_numpy(split.labels)                                    # of objects, not of renders
 
     def __call__(self, index, M):
         """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
         if M + 1 > self.view_count:
-            raise BadInput(f"--views {M}: a sequence needs {M + 1} distinct views and an object has {self.view_count}; lower --views")
+            raise BadInput(f"--views {M}: a sequence needs {M + 1} distinct views and an object has "
+                           f"{self.view_count}; lower --views")
         views, params = self.look(index, self._choose(index, M))
-        return Batch(views, self.relative(params[:, :-1], params[:, 1:]), params, self.labels[index].to(self.device, non_blocking=True))
+        actions = self.relative(params[:, :-1], params[:, 1:])
+        return Batch(views, actions, params, self.labels_of(index))
 
-    @staticmethod
-    def relative(first, last):
+    def relative(self, first, last):
         """Action (..., 6) between views with these params (..., 9), however far apart in a sequence."""
-        return torch.cat([relative(first[..., :4], last[..., :4]), last[..., 4:6] - first[..., 4:6]], dim=-1)
+        turn = relative(first[..., :4], last[..., :4])
+        return torch.cat([turn, last[..., 4:6] - first[..., 4:6]], dim=-1)
 
     def look(self, index, chosen):
         """Chosen views (B, K) of objects (B,), both on the CPU -> views (B, K, 3, S, S), params (B, K, 9)."""
         rows = self._rows(index, chosen)
         views = self.images[rows].unflatten(0, chosen.shape)
-        params = self.params.flatten(0, 1)[rows.to(self.device, non_blocking=True)].unflatten(0, chosen.shape)
+        rows = rows.to(self.device, non_blocking=True)
+        params = self.params.flatten(0, 1)[rows].unflatten(0, chosen.shape)
         return self.to_views(views), params
 
     def to_views(self, views):

@@ -16,7 +16,7 @@ Checked in tests/test_saccades.py.
 """
 import torch
 
-from images import Batch, Store, normalise, single_images
+from images import Batch, Store, Views, normalise
 from saliency import saliency_maps
 
 FLOOR = 1e-30    # mass of a pixel the map calls impossible: never drawn while any real mass is left
@@ -78,30 +78,31 @@ def crop_patches(images, fixations, patch_size, mean, std):
     return patches.transpose(1, 2)
 
 
-class Saccades:
+class Saccades(Views):
     """Mode `saccade`: sample indices -> Batch of foveal patches along a scanpath.
 
     split: images.Split; renders of one object count as separate images.
     actions (B, M, 2): relative (x, y).  params (B, M+1, 2): the fixation's own (x, y), image sides."""
 
+    conditions = ("position", "none")
+    reads = ("patch_size", "saliency", "ior")
     groups = {"position": slice(0, 2)}
     param_groups = {"position": slice(0, 2)}
+    maps = {"x of fixation": 0, "y of fixation": 1}
 
     def __init__(self, split, config, device):
-        self.images, self.labels = single_images(split, device, config.resident)
-        self.saliency = Store(saliency_maps(config.saliency, split, config, device), device, config.resident)
-        self.mean, self.std = (torch.tensor(v, device=device) for v in (split.mean, split.std))
-        self.image_size, self.patch_size, self.ior = config.image_size, config.patch_size, config.ior
-        self.classes, self.device = split.classes, device
-
-    def __len__(self):
-        return len(self.labels)
+        super().__init__(split, config, device)
+        maps = saliency_maps(config.saliency, split, config, device)
+        self.saliency = Store(maps, device, config.resident)
+        self.patch_size = config.patch_size
+        self.ior = config.ior
 
     def __call__(self, index, M):
         """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
         fixations, patches = self.scanpaths(index, M + 1)
-        position = fixations.flip(2) / self.image_size                                   # (row, column) -> (x, y)
-        return Batch(patches, self.relative(position[:, :-1], position[:, 1:]), position, self.labels[index].to(self.device, non_blocking=True))
+        position = fixations.flip(2) / self.image_size                  # (row, column) -> (x, y)
+        actions = self.relative(position[:, :-1], position[:, 1:])
+        return Batch(patches, actions, position, self.labels_of(index))
 
     def prefetch(self, index, M):
         """Say that self(index, M) comes soon."""
@@ -110,18 +111,10 @@ class Saccades:
 
     def scanpaths(self, index, count):
         """Look at each image `count` times: fixations (B, count, 2), patches (B, count, 3, p, p)."""
-        fixations = sample_fixations(self.saliency[index], count, self.patch_size, self.ior)
+        saliency = self.saliency[index]
+        fixations = sample_fixations(saliency, count, self.patch_size, self.ior)
         return fixations, self.to_views(self.images[index], fixations)
 
     def to_views(self, images, fixations):
         """images (B, 3, H, W) uint8, fixations (B, K, 2) -> patches (B, K, 3, p, p), normalised."""
         return crop_patches(images, fixations, self.patch_size, self.mean, self.std)
-
-    @staticmethod
-    def relative(first, last):
-        """The action that takes a view with params `first` to one with `last`, (..., 2) each."""
-        return last - first
-
-    def clean(self, index):
-        """What z is probed on: the whole image, (B, 3, H, W). The encoder pools, so any size will do."""
-        return normalise(self.images[index], self.mean, self.std, channel_dim=1)

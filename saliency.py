@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cache import cache_path, cached, open_array
-from config import BadInput
+from plumbing.cache import cache_path, cached, open_array
+from plumbing.errors import BadInput
 
 SIGNATURE_SIZE = 64           # Hou et al. work on a thumbnail of about 64 x 48
 SIGNATURE_BLUR = 0.05         # of the image side; their best setting is 0.045 of the width

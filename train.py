@@ -21,11 +21,13 @@ import torch
 from tqdm import tqdm
 
 import config as settings
-import distributed
+from plumbing import distributed
 import figures
-import runs
-from build import build_model, build_views, pick_device, seed_all
-from config import BadInput
+from plumbing import runs
+from build import build_model, build_views
+from plumbing import files
+from plumbing.device import pick_device, place, seed_all, set_up
+from plumbing.errors import BadInput
 from evaluate import online
 from probes import effective_rank, feature_std
 
@@ -71,14 +73,14 @@ def compile_all(model, views, **options):
     The pixel work of mode augment at 64 px launches 254 kernels a view when eager and 38 when compiled (counted under
     torch 2.11), which read and write the images less often."""
     model.compile(**options)
-    views.to_views = torch.compile(views.to_views, **options)
+    views.compile(**options)
 
 
 def compile_or_warn(model, views, draw, autocast):
     """compile_all if trial steps on a copy of the model succeed; otherwise one warning and eager.
 
     draw: i -> batch. Two are tried, since a ViT's tokens differ in number and the second batch asks for another graph."""
-    failure, eager = None, views.to_views
+    failure = None
     try:
         trial = copy.deepcopy(model)
         compile_all(trial, views)
@@ -93,7 +95,7 @@ def compile_or_warn(model, views, draw, autocast):
         failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:100]
     failures = list(filter(None, distributed.everyone(failure)))
     if failures:
-        views.to_views = eager
+        views.run_eagerly()
         print(f"torch.compile failed ({failures[0]}), running eager; --no-compile hides this line")
     else:
         model.compile()
@@ -171,7 +173,8 @@ def train(config):
     if len(set(distributed.everyone((len(views), checkpoint and checkpoint["step"])))) > 1:
         raise BadInput("the nodes do not see the same data or not the same run; give each the same --data-dir, and all one --out")
     distributed.connect(device)
-    model = build_model(config, views.groups).to(device, memory_format=torch.channels_last).train()
+    set_up(device)
+    model = place(build_model(config, views.groups), device).train()
     distributed.globalise_batchnorm(model)
     optimizer = build_optimizer(model, config, device)
 
@@ -302,7 +305,7 @@ def save(config, model, optimizer, step, meters, keep):
         raise BadInput(f"the weights were not finite after step {step - 1} {meters.when(step - 1)}: lower --lr, or look at the data")
     runs.save_checkpoint(config, model, optimizer, step, meters.saved())
     if keep:
-        runs.link(config.run_dir / "last.pt", config.run_dir / keep)
+        files.link(config.run_dir / "last.pt", config.run_dir / keep)
 
 
 @functools.lru_cache(maxsize=2)              # asked for at every step, also for the next; drawn once an epoch

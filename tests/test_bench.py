@@ -4,10 +4,10 @@ import json
 import pytest
 import torch
 
-import bench
-import flops
+from benchmarks import bench
+from benchmarks import flops
 from build import build_model
-from crops import Crops
+from regions import Crops
 
 CPU = torch.device("cpu")
 TINY = dict(image_size=32, patch_size=4, encoder="vit-nano", min_patches=3, predictor_width=32, predictor_depth=1)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-from config import BadInput
+from plumbing import cache
+from plumbing.errors import BadInput
 
 KEY = dict(files="abc", size=4)
 WANTED = np.arange(24, dtype=np.int16).reshape(6, 4)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clevr import CLASSES, clevr_files
-from config import BadInput
+from sources.clevr import CLASSES, clevr_files
+from plumbing.errors import BadInput
 from datasets import load
 
 

@@ -4,7 +4,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 import augmentations
-from crops import Crops
+from regions import Crops
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def views(make_config, make_split):
 def test_batch_is_one_normalised_crop_as_torchvision_makes_it(views, monkeypatch):
     sampler, drawn = views(), []
     original = augmentations.sample
-    monkeypatch.setattr("crops.sample", lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1])
+    monkeypatch.setattr("regions.sample", lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1])
     batch = sampler(torch.tensor([3, 0, 7]))
     assert batch.views.shape == (3, 1, 3, 48, 48) and batch.labels.tolist() == [1, 0, 1]
     for view, i, crop in zip(batch.views[:, 0], [3, 0, 7], drawn[0].crop.long().tolist()):

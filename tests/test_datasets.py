@@ -14,7 +14,7 @@ from PIL import Image
 
 import datasets as D
 import images as images_module
-from config import BadInput
+from plumbing.errors import BadInput
 
 CPU = torch.device("cpu")
 

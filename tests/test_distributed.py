@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import config as settings
-import distributed
+from plumbing import distributed
 import train
-from build import build_model, build_views, seed_all
-from config import BadInput
+from build import build_model, build_views
+from plumbing.device import seed_all
+from plumbing.errors import BadInput
 from images import Batch
-from runs import load_checkpoint
+from plumbing.runs import load_checkpoint
 from same import same
 
 PATIENCE = 400                      # seconds until ranks that wait for each other fail a test instead of hanging it
@@ -276,7 +277,7 @@ def test_torchrun_stops_at_a_signal_and_one_process_evaluates(photos, tmp_path, 
 FAILS_ONCE = """
 import os, sys
 import train
-from config import BadInput
+from plumbing.errors import BadInput
 
 original = train.next_batch
 

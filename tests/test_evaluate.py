@@ -8,10 +8,10 @@ import datasets
 import evaluate
 import figures
 import paper
-import runs
+from plumbing import runs
 import train
 from build import build_model, build_views
-from runs import load_checkpoint
+from plumbing.runs import load_checkpoint
 from test_train import MODES, command
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 
 import figures
 from evaluate import row
-from report import write_report
-from runs import append_metrics
+from plumbing.report import write_report
+from plumbing.runs import append_metrics
 
 
 def metrics(epoch, probed=False):

@@ -24,9 +24,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import cache
+from plumbing import cache
 import datasets
-import runs
+from plumbing import runs
 import train
 from same import same
 

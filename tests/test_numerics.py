@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import attention
-from build import MODES, build_model, seed_all
+from build import build_model
+from config import MODES
+from plumbing.device import place, seed_all
 from dseq_jepa import vicreg_terms
 from jepa import prediction_loss
 from regions import cls_similarity, discriminative_regions, min_max
@@ -38,7 +40,7 @@ def build(make_config, make_split):
         latents = np.random.default_rng(0).uniform(-1, 1, (SAMPLES, 6, 7)).astype(np.float32) if mode == "rotation" else None
         split = make_split(SAMPLES, config.image_size, views=None if latents is None else 6, latents=latents)
         views = MODES[mode](split, config, DEVICE)
-        model = build_model(config, views.groups).to(DEVICE, memory_format=torch.channels_last).train()
+        model = place(build_model(config, views.groups), DEVICE).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0                              # kernels draw different masks under one seed, which says nothing of precision

@@ -103,7 +103,7 @@ def test_features_are_those_of_the_model_in_eval_mode(model_and_views):
     model.eval()
     with torch.no_grad():
         for s in range(2):
-            from build import seed_all
+            from plumbing.device import seed_all
             seed_all(0, s, 0)
             batch = views(torch.arange(len(views)), 3)
             z, a = model.encode(batch.views), model.embed(batch.actions)

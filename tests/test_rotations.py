@@ -7,7 +7,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from build import build_views
-from config import BadInput, Config
+from plumbing.errors import BadInput
+from config import Config
 from images import normalise
 from rotations import Rotations, inverse, multiply, quaternion, relative
 

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import runs
+from plumbing import files, runs
 from build import build_model
-from config import BadInput
-from runs import append_metrics, drop_metrics_after, load_checkpoint, read_metrics, save_atomically
+from plumbing.errors import BadInput
+from plumbing.runs import append_metrics, drop_metrics_after, load_checkpoint, read_metrics
+from plumbing.files import save_atomically
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_the_checkpoint_before_the_last_is_kept_and_not_copied(saved):
 
 def test_without_hard_links_the_checkpoint_before_is_kept_too(saved, monkeypatch):
     config, model = saved
-    monkeypatch.setattr(runs.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "Operation not supported")))
+    monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "Operation not supported")))
     runs.save_checkpoint(config, model, torch.optim.AdamW(model.parameters()), 8, {})
     assert [load_checkpoint(config.run_dir / f"{name}.pt")["step"] for name in ("previous", "last")] == [7, 8]
     (config.run_dir / "last.pt").unlink()                    # killed between the two renames
@@ -285,7 +286,7 @@ def test_parts_of_killed_processes_are_collected_and_no_others(make_config):
     runs.create_run(config)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine = runs.part_of(config.run_dir / "last.pt")
+    mine = files.part_of(config.run_dir / "last.pt")
     ours, theirs = (mine.with_name(mine.name.replace(str(os.getpid()), str(pid))) for pid in (dead.pid, os.getppid()))
     elsewhere = mine.with_name(f"last.pt.another.host-{dead.pid}.part")
     foreign = mine.with_name("last.pt.part")

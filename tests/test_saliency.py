@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
 from scipy.special import logsumexp
 
 import saliency as S
-from config import BadInput
+from plumbing.errors import BadInput
 from datasets import load
 from images import Part, Split, Store
 

@@ -13,12 +13,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
+from benchmarks import bench
 import config as settings
 import dseq_jepa
 import saccades
-import smoke
-from build import build_model, seed_all
+from benchmarks import smoke
+from build import build_model
+from plumbing.device import place, seed_all
 from train import Meters, build_optimizer
 
 GPU, BATCH = torch.device("cuda", 0), 16
@@ -50,7 +51,7 @@ class Waits(TorchDispatchMode):
 
     def note(self):
         ours = [Path(f.filename) for f in traceback.extract_stack()]
-        self.places[[f.name for f in ours if f.parent == Path(smoke.__file__).parent][-1]] += 1
+        self.places[[f.name for f in ours if f.parent == Path(dseq_jepa.__file__).parent][-1]] += 1
 
 
 def copied_at_once(name, out, first, second=None, non_blocking=False, **others):
@@ -91,7 +92,7 @@ def test_a_step_mixes_no_devices_and_waits_for_the_gpu_only_where_it_says(case, 
     views, _ = bench.make_views(mode, config, BATCH, GPU)
     with unset_fake_temporarily():
         model = build_model(config, views.groups)
-    model = model.to(GPU, memory_format=torch.channels_last).train()
+    model = place(model, GPU).train()
     optimizer, meters = build_optimizer(model, config, GPU), Meters(GPU, when=None)
     with fake_gpu:
         seed_all(0)

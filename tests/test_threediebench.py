@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-import threediebench
+from sources import threediebench
 from build import build_views
-from cache import cache_path
-from config import BadInput
+from plumbing.cache import cache_path
+from plumbing.errors import BadInput
 from datasets import load
 from images import decode
 
@@ -315,7 +315,7 @@ def test_mended_folder_goes_on_where_the_fault_was(config, root, decoded):
 
 
 def test_too_little_disk_is_said_before_decoding(config, root, decoded, monkeypatch):
-    monkeypatch.setattr("cache.shutil.disk_usage", lambda path: type("Usage", (), dict(free=5_000))())
+    monkeypatch.setattr("plumbing.cache.shutil.disk_usage", lambda path: type("Usage", (), dict(free=5_000))())
     refuse(config, "needs 0.0 GB and 0.0 GB are free; make room or lower --limit")
     assert not decoded
 

@@ -13,7 +13,7 @@ import torch
 
 import train
 from build import build_model
-from runs import load_checkpoint
+from plumbing.runs import load_checkpoint
 from same import same
 from train import build_optimizer, epoch_order, lr_at, tau_at, weight_decay_at
 

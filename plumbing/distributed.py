@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from config import BadInput
+from plumbing.errors import BadInput
 
 PATIENCE = datetime.timedelta(days=7)       # how long ranks wait while one prepares data or probes
 

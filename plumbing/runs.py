@@ -12,78 +12,18 @@ Checked in tests/test_runs.py and, by kill -9, in tests/test_kill.py.
 import csv
 import dataclasses
 import json
-import os
-import platform
-import re
 import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 
-from config import BadInput, Config
+from config import Config
+from plumbing.errors import BadInput
+from plumbing.files import collect_parts, link, save_atomically
 
 FORMAT, VERSION = "seq-jepa checkpoint", 1
 MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out", "probe_every", "keep_every", "resident"}   # between a run and its --resume
-
-
-# ---------------------------------------------------------------- whole files or none
-
-def save_atomically(path, write, keep=None):
-    """Call write(temporary path), flush it to disk, then rename it to `path` in one step.
-
-    keep: a path that what was at `path` before gets as its second name.
-    Raises: OSError, naming `path`, if it cannot be written; what was there before stays."""
-    part = part_of(path)
-    try:
-        write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            link(path, keep)
-        os.replace(part, path)
-    except OSError as error:
-        error.filename = str(path)              # a failed write names no file, a failed open the temporary one
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def link(path, keep):
-    """Let `keep` name the file at `path` too; nothing is copied, and at no moment has it no name."""
-    part = part_of(keep)
-    try:
-        os.link(path, part)
-        os.replace(part, keep)
-    except OSError:                             # a file system without hard links: it is `path` that has no file for a moment
-        os.replace(path, keep)
-    finally:
-        part.unlink(missing_ok=True)            # still there if both were one file already: a rename does nothing then
-
-
-def part_of(path):
-    """The name under which this process, and no other, writes what will be `path`."""
-    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
-
-
-def collect_parts(folder):
-    """Remove what killed processes of this machine left half-written in `folder`; what living ones write is left alone."""
-    for part in folder.glob("*.part"):
-        writer = re.fullmatch(rf".*\.{re.escape(platform.node())}-(\d+)\.part", part.name)
-        if writer and not _alive(int(writer[1])):
-            part.unlink(missing_ok=True)
-
-
-def _alive(pid):
-    if os.name != "posix":
-        return True                             # elsewhere signal 0 is no question but Ctrl-C
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:                     # another user's
-        pass
-    return True
 
 
 # ---------------------------------------------------------------- the run and its checkpoints

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config as settings
 from build import build_model
-from crops import Crops
+from regions import Crops
 from images import Part, Split
 
 PARTS = ("target_encoder", "encoder", "predictor")

@@ -10,11 +10,11 @@ from torch import nn
 
 import config as settings
 import evaluate
-import evaluate_regions
+import probes_regions
 import paper
 import train
 from build import build_model, build_views
-from evaluate_regions import Classifier, extract_images, fit_classifier, tuning_rate
+from probes_regions import Classifier, extract_images, fit_classifier, tuning_rate
 
 FLAGS = ("--dataset folder --mode regions --encoder vit-nano --image-size 32 --patch-size 8 --min-patches 2 --epochs 2 --warmup-epochs 1 "
          "--batch-size 12 --device cpu").split()
@@ -51,7 +51,7 @@ def test_without_cls_there_is_no_cls_row(setting):
     model, views = setting(cls=False, regions="random")
     features = extract_images(model, views, torch.device("cpu"))
     assert [name for name, _ in features.named()] == ["mean patch token"] and features.crops.numel() == 0
-    assert list(evaluate_regions.probe_cls(features, features, None)) == []
+    assert list(probes_regions.probe_cls(features, features, None)) == []
 
 
 def test_linear_probe_rates_fall_tenfold_at_8_16_24_of_28_epochs():
@@ -72,7 +72,7 @@ def test_linear_probe_rates_fall_tenfold_at_8_16_24_of_28_epochs():
         seen.append(-head.w.item())
         return out.mean()
 
-    drops, base = evaluate_regions.LINEAR_DROPS, evaluate_regions.LINEAR_LR
+    drops, base = probes_regions.LINEAR_DROPS, probes_regions.LINEAR_LR
     fit_classifier(head, x, y, optimizer, lambda e: base * 0.1 ** sum(e >= d for d in drops), 28, batch_size=4, loss=loss)
     steps = torch.tensor([*seen, -head.w.item()]).diff()
     torch.testing.assert_close(steps, torch.tensor([0.01] * 8 + [1e-3] * 8 + [1e-4] * 8 + [1e-5] * 4), atol=1e-6, rtol=1e-3)

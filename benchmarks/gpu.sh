@@ -1,15 +1,15 @@
 #!/bin/sh
 # What to run on a machine with one GPU, most wanted first; results in OUT, default runs/gpu. Not timed on a GPU yet. Most of it is
 # compiling: seven models at 1 to 5 minutes each on one slow core, less on several cores, far less the second time.
-# Each part stands alone: sh gpu.sh smoke, numerics, speed, train; without a word, all.
+# Each part stands alone: sh benchmarks/gpu.sh smoke, numerics, speed, train; without a word, all.
 #
-#   sh gpu.sh [PART ...]          or: PYTHON=python3 OUT=somewhere sh gpu.sh
+#   sh benchmarks/gpu.sh [PART ...]          or: PYTHON=python3 OUT=somewhere sh gpu.sh
 #
 # Longer ones, each by itself, with the minutes to expect:
 #   15  python train.py --dataset tiny-imagenet --mode augment --views 1 --epochs 60 && python evaluate.py runs/tiny-imagenet-augment/last.pt
 #   15  python train.py --dataset solids --mode rotation --epochs 60   (again with --condition none; then evaluate.py on each)
 #   15  python train.py --dataset tiny-imagenet --mode regions --method dseq-jepa --epochs 30   (again with --method i-jepa)
-#    2  python bench.py train --only augment --compare torchvision
+#    2  python -m benchmarks.bench train --only augment --compare torchvision
 set -u
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-runs/gpu}
@@ -22,7 +22,7 @@ PARTS="$*"
 
 if wanted smoke; then
     say "every mode and method, 20 steps"
-    $PYTHON smoke.py --out "$OUT" || status=1
+    $PYTHON -m benchmarks.smoke --out "$OUT" || status=1
 fi
 if wanted numerics; then                                # needs pytest
     say "bf16 and compile against float32"
@@ -31,7 +31,7 @@ if wanted numerics; then                                # needs pytest
 fi
 if wanted speed; then                                   # regions also needs OpenCV and SciPy
     say "speed"
-    $PYTHON bench.py views train flops regions --threads 4 --json "$OUT/bench.json" || status=1
+    $PYTHON -m benchmarks.bench views train flops regions --threads 4 --json "$OUT/bench.json" || status=1
 fi
 if wanted train; then
     say "the command itself, start to checkpoint; the last with data read ahead instead of resident"

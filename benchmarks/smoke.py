@@ -1,7 +1,7 @@
 """Does every mode and method run on this machine, on the fast path, without needless waits?  Minutes; run it first on a new GPU.
 
-    python smoke.py                        every case; on a GPU at the paper's model sizes with bf16 and compile, on a CPU tiny and eager
-    python smoke.py --only dseq-jepa --out runs/smoke
+    python -m benchmarks.smoke                        every case; on a GPU at the paper's model sizes with bf16 and compile, on a CPU tiny and eager
+    python -m benchmarks.smoke --only dseq-jepa --out runs/smoke
 
 Each case trains for 20 steps on random images and fails if a loss is not finite, if the model or the work on pixels does not
 compile as one graph, if anything is compiled again after the first 10 steps, or if on a GPU the host waits for the device more often
@@ -18,16 +18,18 @@ from pathlib import Path
 import torch
 
 import config as settings
-from bench import TRAIN, keep, make_views, wait
-from build import build_model, pick_device, seed_all
-from config import BadInput, METHODS, REGION_METHODS
+from benchmarks.bench import TRAIN, keep, make_views, wait
+from build import build_model
+from plumbing.device import pick_device, place, seed_all
+from plumbing.errors import BadInput
+from config import MODES, REGION_METHODS
 from train import build_optimizer, compile_all, training_step
 
 SYNC = "called a synchronizing CUDA operation"       # what torch.cuda.set_sync_debug_mode says of each
 STEPS, WARM_UP = 20, 10             # what is compiled for a few sizes first, then for any, is settled by then
 DATASETS = {mode: dataset for mode, dataset, _, _ in TRAIN.values()}        # bench.py's, as are the batches: it then finds the code compiled
 BATCHES = {mode: batch for mode, _, _, batch in TRAIN.values()}
-CASES = {method if mode == "regions" else f"{mode}, {method}": (mode, dict(method=method)) for mode in DATASETS for method in METHODS[mode]}
+CASES = {method if mode == "regions" else f"{mode}, {method}": (mode, dict(method=method)) for mode in DATASETS for method in MODES[mode].methods}
 VARIANTS = {                        # other plans for compiled parts that a method above has tried: eager
     "dseq-jepa, grad-cam": ("regions", dict(method="dseq-jepa", proxy="grad-cam")),
     "dseq-jepa, no cls": ("regions", dict(method="dseq-jepa", cls=False, regions="random")),
@@ -47,7 +49,7 @@ def smoke(config, device, backend):
     """Train for STEPS steps; backend: torch.compile's, None = eager.  -> dict of what was seen."""
     started = time.monotonic()
     views, _ = make_views(config.mode, config, config.batch_size, device)
-    model = build_model(config, views.groups).to(device, memory_format=torch.channels_last).train()
+    model = place(build_model(config, views.groups), device).train()
     optimizer = build_optimizer(model, config, device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     torch._dynamo.reset()

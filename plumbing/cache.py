@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import BadInput
-from runs import collect_parts, part_of, save_atomically
+from plumbing.errors import BadInput
+from plumbing.files import collect_parts, part_of, save_atomically
 
 
 def cached(path, key, shape, dtype, fill, what, resumable=False):

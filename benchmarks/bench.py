@@ -1,8 +1,8 @@
 """How fast it is, in tables. Everything is measured in one run on one machine; the data is random and needs no download.
 
-    python bench.py                             all sections that this device does in a few minutes
-    python bench.py views regions --threads 2   some of them
-    python bench.py train --compare torchvision
+    python -m benchmarks.bench                             all sections that this device does in a few minutes
+    python -m benchmarks.bench views regions --threads 2   some of them
+    python -m benchmarks.bench train --compare torchvision
 
     views      views per second, batched and one image at a time
     train      whole training steps: samples per second along the fast path (float32, then + channels_last, + bf16, + compile), the
@@ -32,14 +32,16 @@ import torch
 import torch.nn.functional as F
 
 import config as settings
-import flops
-from build import MODES, build_model, pick_device
-from config import BadInput
+from benchmarks import flops
+from build import build_model
+from config import MODES
+from plumbing.device import pick_device, place
+from plumbing.errors import BadInput
 from datasets import load
 from images import Part, Split
-from per_image import PerImage, loader, regions_one_by_one
+from benchmarks.per_image import PerImage, loader, regions_one_by_one
 from regions import ROUNDS, RULES, discriminative_regions
-from runs import save_atomically
+from plumbing.files import save_atomically
 from train import build_optimizer, compile_all, training_step
 
 MEAN, STD = (0.45, 0.44, 0.40), (0.22, 0.22, 0.22)
@@ -167,7 +169,7 @@ def measure_step(stage, views, config, device, options, split=None):
     index, progress = torch.arange(config.batch_size), torch.full((), 0.5, device=device)       # half the images with salient regions
     cost = flops.count(model, views(index[:32], config.views)._replace(progress=progress))
     if "+ channels_last" in done:
-        model = model.to(memory_format=torch.channels_last)
+        model = place(model, device)
     if "+ compile" in done:
         torch._dynamo.reset()                       # or a case compiles for any size, having seen another case's
         views = copy.copy(views)                    # the eager stages of others keep theirs

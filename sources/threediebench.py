@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import cache_path, cached
-from config import BadInput
+from plumbing.cache import cache_path, cached
+from plumbing.errors import BadInput
 from images import Part, choose, decode
 
 VIEWS, LATENTS = 50, 7

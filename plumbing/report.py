@@ -6,7 +6,7 @@ import base64
 import json
 from html import escape
 
-from runs import save_atomically
+from plumbing.files import save_atomically
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}

@@ -9,7 +9,7 @@ All look at the target encoder, as I-JEPA does. The first three work on features
 a fresh random crop in every epoch, S crops of each training image are drawn, and epoch e trains on crop e mod S.
 Differs from the paper: fine-tuning has MAE's optimiser, layer-wise rates and schedule, but crops and flips only (no RandAugment,
 mixup, drop path or second LayerNorm); numbers that our copy of the paper lost are MAE's, those of the CLEVR head ours.
-Checked in tests/test_evaluate_regions.py.
+Checked in tests/test_probes_regions.py.
 """
 import copy
 import math
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from build import seed_all
+from plumbing.device import seed_all
 from probes import accuracy, knn_accuracy
 
 LINEAR_EPOCHS, LINEAR_DROPS, LINEAR_LR, LINEAR_DECAY = 28, (8, 16, 24), 0.01, 5e-4      # lr for a batch of 256

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import BadInput
+from plumbing.errors import BadInput
 
 EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)          # VTAB's, in CLEVR's units; pixel_coords hold (x, y, distance)
 CLASSES = {"clevr-count": [f"{n} objects" for n in range(3, 11)],

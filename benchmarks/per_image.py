@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from augmentations import CONTEXT, blur_kernel_size
-from config import BadInput
+from plumbing.errors import BadInput
 
 
 def saccades_one_by_one(image, saliency, split, config):
