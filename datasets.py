@@ -18,13 +18,12 @@ import torch
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 
-from sources import shapes
-from sources import solids
+from images import SPLIT_SEED, Part, Split, choose, decode
 from plumbing.cache import cache_path, cached
+from plumbing.errors import BadInput
+from sources import shapes, solids
 from sources.clevr import CLASSES as CLEVR_CLASSES
 from sources.clevr import clevr_files
-from plumbing.errors import BadInput
-from images import SPLIT_SEED, Part, Split, choose, decode
 from sources.threediebench import read_3diebench
 
 # Per data set: mean and standard deviation of pixels in [0, 1].  A.1; ImageNet's are the usual ones.

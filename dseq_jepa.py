@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import arrange, sizes
-from plumbing.distributed import gather
 from jepa import Output
+from plumbing.distributed import gather
 from regions import cls_similarity, discriminative_regions, grad_cam, min_max, reorder
 
 VICREG_WEIGHT, INVARIANCE, VARIANCE, COVARIANCE = 0.001, 25, 25, 1          # C-JEPA

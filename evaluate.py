@@ -26,17 +26,17 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import config as settings
-import probes_regions
 import figures
 import figures_regions
+import probes_regions
 from build import build_model, build_views
+from paper import paper_numbers
 from plumbing.device import pick_device, seed_all
 from plumbing.errors import BadInput
-from paper import paper_numbers
-from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
+from plumbing.files import save_atomically
 from plumbing.report import write_report
 from plumbing.runs import config_of, load_checkpoint, restore
-from plumbing.files import save_atomically
+from probes import accuracy, extract, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
 
 HEADS = {"linear classifier": (linear_head, 300), "mlp": (mlp_head, 300), "linear": (linear_head, 50)}    # and epochs, A.2
 # Which head regresses which part of an action.  A.2

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from build import build_model, build_views
-from plumbing.device import seed_all
-from plumbing.errors import BadInput
 from dseq_jepa import sequential
 from figures import BLUE, CYCLE, GREEN, ORANGE, PINK, RED, _bare, _save, _spread, plt
-from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
+from plumbing.device import seed_all
+from plumbing.errors import BadInput
 from plumbing.runs import config_of, load_checkpoint, restore
+from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
 
 STEP_IMAGES = 10_000            # as Fig. 4
 REST = "#BBBBBB"                # colour of R_N

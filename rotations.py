@@ -13,8 +13,8 @@ Checked in tests/test_rotations.py against SciPy.
 """
 import torch
 
-from plumbing.errors import BadInput
 from images import Batch, Views, normalise
+from plumbing.errors import BadInput
 
 FLOOR_HUE, LIGHT_HUE = 3, 6     # columns of the seven latents: rotation x, y, z; floor hue; light theta, phi, hue
 

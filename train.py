@@ -21,14 +21,12 @@ import torch
 from tqdm import tqdm
 
 import config as settings
-from plumbing import distributed
 import figures
-from plumbing import runs
 from build import build_model, build_views
-from plumbing import files
+from evaluate import online
+from plumbing import distributed, files, runs
 from plumbing.device import pick_device, place, seed_all, set_up
 from plumbing.errors import BadInput
-from evaluate import online
 from probes import effective_rank, feature_std
 
 SAVE_SECONDS = 60           # between checkpoints; the end of a run and a signal always save

@@ -33,15 +33,15 @@ import torch.nn.functional as F
 
 import config as settings
 from benchmarks import flops
+from benchmarks.per_image import PerImage, loader, regions_one_by_one
 from build import build_model
 from config import MODES
-from plumbing.device import pick_device, place
-from plumbing.errors import BadInput
 from datasets import load
 from images import Part, Split
-from benchmarks.per_image import PerImage, loader, regions_one_by_one
-from regions import ROUNDS, RULES, discriminative_regions
+from plumbing.device import pick_device, place
+from plumbing.errors import BadInput
 from plumbing.files import save_atomically
+from regions import ROUNDS, RULES, discriminative_regions
 from train import build_optimizer, compile_all, training_step
 
 MEAN, STD = (0.45, 0.44, 0.40), (0.22, 0.22, 0.22)

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config as settings
 from build import build_model
-from regions import Crops
 from images import Part, Split
+from regions import Crops
 
 PARTS = ("target_encoder", "encoder", "predictor")
 WAYS = {                    # name: method, rule, progress of the curriculum (0: random blocks always, 1: salient regions always)

@@ -20,9 +20,9 @@ import torch
 import config as settings
 from benchmarks.bench import TRAIN, keep, make_views, wait
 from build import build_model
+from config import MODES, REGION_METHODS
 from plumbing.device import pick_device, place, seed_all
 from plumbing.errors import BadInput
-from config import MODES, REGION_METHODS
 from train import build_optimizer, compile_all, training_step
 
 SYNC = "called a synchronizing CUDA operation"       # what torch.cuda.set_sync_debug_mode says of each

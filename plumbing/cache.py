@@ -90,7 +90,7 @@ def _rows_done(part, progress, key):
 @contextlib.contextmanager
 def _alone(path):
     """One process at a time makes `path`; the others wait here. The lock goes with its process, however it ends."""
-    import fcntl                                         # Unix only, so only where it is needed
+    import fcntl  # Unix only, so only where it is needed
     with open(path.with_name(path.name + ".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ import torch
 
 from config import Config
 from plumbing.errors import BadInput
-from plumbing.files import collect_parts, link, save_atomically
+from plumbing.files import collect_parts, save_atomically
 
 FORMAT, VERSION = "seq-jepa checkpoint", 1
 MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out", "probe_every", "keep_every", "resident"}   # between a run and its --resume

@@ -18,7 +18,7 @@ from typing import Iterator, NamedTuple
 import numpy as np
 import torch
 
-from sources.shapes import BOX, CLASSES, ELLIPSOID, FRUSTUM, NOTHING, RECIPES
+from sources.shapes import BOX, ELLIPSOID, FRUSTUM, NOTHING, RECIPES
 
 LATENTS = ("rotation_x", "rotation_y", "rotation_z", "floor_hue", "light_theta", "light_phi", "light_hue")
 LATENT_RANGES = ((-math.pi / 2, math.pi / 2),) * 3 + ((0.0, 1.0), (0.0, math.pi / 4), (0.0, 2 * math.pi), (0.0, 1.0))

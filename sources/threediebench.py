@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from images import Part, choose, decode
 from plumbing.cache import cache_path, cached
 from plumbing.errors import BadInput
-from images import Part, choose, decode
 
 VIEWS, LATENTS = 50, 7
 OBJECTS_AT_ONCE = 16            # packed between two notes of progress

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, kstest, ks_2samp
+from scipy.stats import binomtest, ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import InterpolationMode, functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 import augmentations as A
 

@@ -4,8 +4,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench
-from benchmarks import flops
+from benchmarks import bench, flops
 from build import build_model
 from regions import Crops
 

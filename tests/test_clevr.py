@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sources.clevr import CLASSES, clevr_files
-from plumbing.errors import BadInput
 from datasets import load
+from plumbing.errors import BadInput
+from sources.clevr import CLASSES, clevr_files
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 
 import config as settings
-from plumbing.errors import BadInput
 from config import Config, from_command_line
+from plumbing.errors import BadInput
 from train import main
 
 

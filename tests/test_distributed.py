@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from same import same
 from torch import nn
 
 import config as settings
-from plumbing import distributed
 import train
 from build import build_model, build_views
+from images import Batch
+from plumbing import distributed
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
-from images import Batch
 from plumbing.runs import load_checkpoint
-from same import same
 
 PATIENCE = 400                      # seconds until ranks that wait for each other fail a test instead of hanging it
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,16 +3,16 @@ import json
 
 import pytest
 import torch
+from test_train import command
 
 import datasets
 import evaluate
 import figures
 import paper
-from plumbing import runs
 import train
 from build import build_model, build_views
+from plumbing import runs
 from plumbing.runs import load_checkpoint
-from test_train import MODES, command
 
 CPU = torch.device("cpu")
 
@@ -132,6 +132,7 @@ def test_transfer_probes_another_data_set(trained, photos, tmp_path):
 def test_multiply_adds_are_those_of_b6():
     """B.6: 1.25e9 for 4 patches of 84 px. (Its 2.35e9 for 8 patches of 32 px is what 4 patches cost; 8 take 4.56e9.)"""
     from types import SimpleNamespace
+
     from config import Config
     def cost(patch, M):
         config = Config(mode="saccade", image_size=224, patch_size=patch)
@@ -222,6 +223,7 @@ def test_unusable_checkpoint_is_one_line_and_status_2(damage, words, trained, ca
 def test_all_heads_beat_noise_on_informative_features(make_config):
     """End to end of one row: features that contain the class and the action are read out, pure noise is not."""
     from types import SimpleNamespace
+
     from probes import Features
     def features(n, informative):
         y = torch.randint(0, 3, (n,))

@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from same import same
 from tqdm import tqdm
 
-from plumbing import cache
 import datasets
-from plumbing import runs
 import train
-from same import same
+from plumbing import runs
 
 KILLS = int(os.environ.get("KILLS", 12))
 KILLS_A_RUN = 4                 # then it is left to end

@@ -11,9 +11,9 @@ import torch
 import attention
 from build import build_model
 from config import MODES
-from plumbing.device import place, seed_all
 from dseq_jepa import vicreg_terms
 from jepa import prediction_loss
+from plumbing.device import place, seed_all
 from regions import cls_similarity, discriminative_regions, min_max
 from train import build_optimizer, compile_all, training_step
 

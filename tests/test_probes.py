@@ -7,7 +7,18 @@ from sklearn.metrics import accuracy_score, r2_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from build import build_model
-from probes import accuracy, effective_rank, extract, feature_std, fit, knn_accuracy, linear_head, mlp_head, r2, retrieval_ranks
+from probes import (
+    accuracy,
+    effective_rank,
+    extract,
+    feature_std,
+    fit,
+    knn_accuracy,
+    linear_head,
+    mlp_head,
+    r2,
+    retrieval_ranks,
+)
 from saccades import Saccades
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from torch import nn
 
 import config as settings
 import evaluate
-import probes_regions
 import paper
+import probes_regions
 import train
 from build import build_model, build_views
 from probes_regions import Classifier, extract_images, fit_classifier, tuning_rate

@@ -12,8 +12,18 @@ from scipy.stats import chisquare
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import regions
-from regions import (RULES, cls_similarity, components, discriminative_regions, grad_cam, min_max, multi_block,
-                     otsu, random_regions, reorder)
+from regions import (
+    RULES,
+    cls_similarity,
+    components,
+    discriminative_regions,
+    grad_cam,
+    min_max,
+    multi_block,
+    otsu,
+    random_regions,
+    reorder,
+)
 
 GRIDS = [(14, 14), (8, 8), (7, 9), (5, 12), (1, 11), (16, 3)]
 EIGHT = np.ones((3, 3))

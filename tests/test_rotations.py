@@ -7,9 +7,9 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from build import build_views
-from plumbing.errors import BadInput
 from config import Config
 from images import normalise
+from plumbing.errors import BadInput
 from rotations import Rotations, inverse, multiply, quaternion, relative
 
 CPU, CONFIG = torch.device("cpu"), Config()

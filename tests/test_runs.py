@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from plumbing import files, runs
 from build import build_model
+from plumbing import files, runs
 from plumbing.errors import BadInput
-from plumbing.runs import append_metrics, drop_metrics_after, load_checkpoint, read_metrics
 from plumbing.files import save_atomically
+from plumbing.runs import append_metrics, drop_metrics_after, load_checkpoint, read_metrics
 
 
 @pytest.fixture

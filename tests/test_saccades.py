@@ -4,7 +4,6 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from build import build_views
 from saccades import Saccades, crop_patches, sample_fixations
 
 DRAWS = 60_000

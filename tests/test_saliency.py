@@ -17,9 +17,9 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
 from scipy.special import logsumexp
 
 import saliency as S
-from plumbing.errors import BadInput
 from datasets import load
 from images import Part, Split, Store
+from plumbing.errors import BadInput
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import bench
 import config as settings
 import dseq_jepa
 import saccades
-from benchmarks import smoke
+from benchmarks import bench, smoke
 from build import build_model
 from plumbing.device import place, seed_all
 from train import Meters, build_optimizer

@@ -9,7 +9,16 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from sources import solids
-from sources.solids import BOX, ELLIPSOID, FRUSTUM, NOTHING, Solids, render, sample_latents, sample_objects
+from sources.solids import (
+    BOX,
+    ELLIPSOID,
+    FRUSTUM,
+    NOTHING,
+    Solids,
+    render,
+    sample_latents,
+    sample_objects,
+)
 
 
 def scene(kind, centre, half, colour=(.8, .1, .1), turn=(0, 0, 0), ends=(1, 1)):

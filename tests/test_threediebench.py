@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sources import threediebench
 from build import build_views
-from plumbing.cache import cache_path
-from plumbing.errors import BadInput
 from datasets import load
 from images import decode
+from plumbing.cache import cache_path
+from plumbing.errors import BadInput
+from sources import threediebench
 
 VIEWS = 5        # per object; only test_published_form writes all 50
 SYNSETS = ("02691156", "02747177", "02808440")

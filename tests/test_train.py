@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from same import same
 
 import train
 from build import build_model
 from plumbing.runs import load_checkpoint
-from same import same
 from train import build_optimizer, epoch_order, lr_at, tau_at, weight_decay_at
 
 ROOT = Path(__file__).resolve().parents[1]
