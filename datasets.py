@@ -219,7 +219,7 @@ def read_solids(config, split):
     """Procedural renders of solids.py; --limit counts training objects."""
     part = "val" if split == "val" else "train"
     count = config.limit or SOLIDS_OBJECTS
-    count = max(len(solids.CLASSES), count // 4) if part == "val" else count
+    count = max(len(shapes.CLASSES), count // 4) if part == "val" else count
     views, size = config.object_views, config.image_size
     settings = dict(seed=SPLIT_SEED, rotation_range=config.rotation_range, hue_range=config.hue_range)
     source = dict(dataset="solids", part=part, code=[_digest(solids.__file__), _digest(shapes.__file__)], **settings)
@@ -234,7 +234,7 @@ def read_solids(config, split):
     images = cached(path, source, (count, views, 3, size, size), np.uint8, fill, f"rendering {part} solids")
     latents = solids.sample_latents(count, views, split=part, **settings)
     labels = solids.sample_objects(count, SPLIT_SEED, part).labels
-    return [Part(images, part, None, count)], labels.numpy(), list(solids.CLASSES), dict(source, shape=images.shape), latents.numpy()
+    return [Part(images, part, None, count)], labels.numpy(), list(shapes.CLASSES), dict(source, shape=images.shape), latents.numpy()
 
 
 # ---------------------------------------------------------------- shared by the readers

@@ -9,6 +9,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from sources import solids
+from sources.shapes import CLASSES
 from sources.solids import (
     BOX,
     ELLIPSOID,
@@ -226,7 +227,7 @@ def test_val_objects_are_never_train_objects_and_proportions_vary():
 def test_labels_are_balanced_and_name_the_recipe():
     labels = sample_objects(64, 0, "train").labels
     assert labels.dtype == torch.int64 and (labels.bincount() == 4).all()
-    assert len(set(solids.CLASSES)) == 16 and solids.CLASSES[labels[7]] == "laptop"
+    assert len(set(CLASSES)) == 16 and CLASSES[labels[7]] == "laptop"
 
 
 def test_colour_does_not_depend_on_the_class():
@@ -260,7 +261,7 @@ def test_objects_stay_in_the_unit_ball_and_fill_it():
             caps = [rim * torch.tensor([[r], [r], [1]]) + torch.tensor([[0], [0], [z]]) for r, z in zip(ends, (-1, 1))]
             local = {BOX: cube, ELLIPSOID: sphere, FRUSTUM: torch.cat(caps, 1)}[kind.item()]
             farthest = max(farthest, (centre[:, None] + axes @ (half[:, None] * local)).norm(dim=0).max().item())
-        assert .85 < farthest < 1 + 1e-4, solids.CLASSES[i % 16]
+        assert .85 < farthest < 1 + 1e-4, CLASSES[i % 16]
 
 
 # --- rendering -------------------------------------------------------------------------------------------------------
