@@ -16,7 +16,6 @@ transforms per augmented view; torchvision's to-float and normalise per render.
 import argparse
 import contextlib
 import copy
-import functools
 import io
 import json
 import os
@@ -38,11 +37,11 @@ from build import build_model
 from config import MODES
 from datasets import load
 from images import Part, Split
-from plumbing.device import pick_device, place
+from plumbing.device import compile_all, pick_device, place, under_autocast
 from plumbing.errors import BadInput
 from plumbing.files import save_atomically
 from regions import ROUNDS, RULES, discriminative_regions
-from train import build_optimizer, compile_all, training_step
+from train import Rates, build_optimizer, training_step
 
 MEAN, STD = (0.45, 0.44, 0.40), (0.22, 0.22, 0.22)
 VIEWS = {                       # name: mode, data set of the preset
@@ -175,13 +174,14 @@ def measure_step(stage, views, config, device, options, split=None):
         views = copy.copy(views)                    # the eager stages of others keep theirs
         compile_all(model, views)
     optimizer = build_optimizer(model, config, device)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled="+ bf16" in done)
+    forward = under_autocast(model, device, "+ bf16" in done)
+    rates = Rates(lr=config.lr, weight_decay=config.weight_decay, tau=0.996)
 
     def make():
         return views(index, config.views)._replace(progress=progress)
 
     def step():
-        return training_step(model, next(batches) if split else make(), optimizer, autocast, tau=0.996)
+        return training_step(model, next(batches) if split else make(), optimizer, rates, forward)
 
     calls = 5 if device.type == "cuda" else 1       # between looks at the clock: a GPU's queue must not run empty
     if split:

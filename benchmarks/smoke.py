@@ -9,7 +9,6 @@ than it must: not at all, for the region methods once a step (attention.sizes), 
 commit, device, wall time, and a line a case. Exit status 1 if a case fails.
 """
 import argparse
-import functools
 import sys
 import time
 import warnings
@@ -21,9 +20,9 @@ import config as settings
 from benchmarks.bench import TRAIN, keep, make_views, wait
 from build import build_model
 from config import MODES, REGION_METHODS
-from plumbing.device import pick_device, place, seed_all
+from plumbing.device import compile_all, pick_device, place, seed_all, under_autocast
 from plumbing.errors import BadInput
-from train import build_optimizer, compile_all, training_step
+from train import Rates, build_optimizer, training_step
 
 SYNC = "called a synchronizing CUDA operation"       # what torch.cuda.set_sync_debug_mode says of each
 STEPS, WARM_UP = 20, 10             # what is compiled for a few sizes first, then for any, is settled by then
@@ -51,7 +50,8 @@ def smoke(config, device, backend):
     views, _ = make_views(config.mode, config, config.batch_size, device)
     model = place(build_model(config, views.groups), device).train()
     optimizer = build_optimizer(model, config, device)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    forward = under_autocast(model, device, device.type == "cuda")
+    rates = Rates(lr=config.lr, weight_decay=config.weight_decay, tau=0.996)
     torch._dynamo.reset()
     if backend:
         compile_all(model, views, backend=backend, fullgraph=True)
@@ -66,7 +66,7 @@ def smoke(config, device, backend):
                 warn_of_waits(device, True)
             seed_all(0, step)
             progress = torch.full((), step / STEPS, device=device)
-            losses.append(training_step(model, views(index, config.views)._replace(progress=progress), optimizer, autocast, tau=0.996).loss.detach())
+            losses.append(training_step(model, views(index, config.views)._replace(progress=progress), optimizer, rates, forward).loss.detach())
         warn_of_waits(device, False)
         wait(device)
     late = time.monotonic() - settled

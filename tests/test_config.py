@@ -74,7 +74,7 @@ def test_help_shows_the_values_of_the_chosen_preset(capsys):
     ("--dataset 3diebench --mode rotation --views 50", "at most 49 views"),
     ("--dataset stl10 --mode rotation", "--mode rotation does not apply to --dataset stl10"),
     ("--epochs 0", "--epochs 0"), ("--batch-size 1", "--batch-size 1"), ("--width 0", "--width 0"),
-    ("--ema 1.5", "--ema 1.5"), ("--lr 0", "--lr must be above 0"), ("--name a/b", "--name a/b: expected a plain folder name"),
+    ("--ema 1.5", "--ema 1.5"), ("--lr 0", "--lr 0.0: must be above 0"), ("--name a/b", "--name a/b: expected a plain folder name"),
     ("--dataset imagenet --mode regions --image-size 225", "--image-size 225: not a multiple of --patch-size 16"),
     ("--dataset imagenet --mode regions --image-size 48", "--patch-size 16: gives 3 patches a side"),
     ("--dataset imagenet --mode regions --image-size 8", "--image-size 8: not a multiple of --patch-size 16"),
@@ -88,7 +88,7 @@ def test_help_shows_the_values_of_the_chosen_preset(capsys):
     ("--dataset imagenet --mode regions --region-count 10", "--region-count 10"), ("--weight-decay-end nan", "--weight-decay-end"),
     ("--dataset folder --mode regions --image-size 96 --min-patches 10", "--min-patches 10: random blocks of 36 patches have as few as 5"),
     ("--dataset imagenet --mode regions --crop-scale 0", "--crop-scale 0"), ("--dataset clevr-count", "does not apply to --dataset clevr-count; choose regions"),
-    ("--limit -1", "--limit -1"), ("--seed -1", "--seed -1"), ("--lr nan", "--lr must be"), ("--hue-range 2", "--hue-range must be"),
+    ("--limit -1", "--limit -1"), ("--seed -1", "--seed -1"), ("--lr nan", "--lr nan: must be above 0"), ("--dataset solids --hue-range 2", "--hue-range 2.0: must be at least 0 and at most 1"),
 ])
 def test_impossible_settings_are_one_line_and_status_2(line, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -105,6 +105,54 @@ def test_unknown_flags_and_values_are_refused(line, tmp_path, capsys, monkeypatc
         main(line.split())
     assert leave.value.code == 2 and line.split()[0] in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--dataset solids --mode rotation --patch-size 16", "--patch-size: mode rotation does not read it, only saccade, regions"),
+    ("--hue-range 0.5", "--hue-range: dataset stl10 does not read it, only solids"),
+    ("--dataset imagenet --mode regions --width 16", "--width: method dseq-jepa does not read it, only seq-jepa"),
+    ("--dataset imagenet --mode regions --views 2", "--views: method dseq-jepa does not read it"),
+    ("--dataset imagenet --mode regions --method i-jepa --order flat", "--order: method i-jepa does not read it, only dseq-jepa"),
+    ("--dataset cifar100 --mode augment --no-ior", "--ior: mode augment does not read it, only saccade"),
+    ("--region-count 3", "--region-count: mode saccade does not read it, only regions"),
+])
+def test_a_flag_that_would_be_ignored_is_refused(line, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+
+
+class Watched:
+    """A Config that remembers which of its fields were read."""
+
+    def __init__(self, config):
+        self.config, self.seen = config, set()
+
+    def __getattr__(self, name):
+        self.seen.add(name)
+        return getattr(self.config, name)
+
+
+@pytest.mark.parametrize("mode", settings.MODES)
+def test_modes_say_which_settings_they_read(mode, make_config, make_split):
+    """What a class lists in `reads`, and no other setting that belongs to some modes only, is read when it is built."""
+    import numpy as np
+    import torch
+    latents = np.zeros((4, 3, 7), np.float32) if mode == "rotation" else None
+    config = Watched(make_config("solids" if mode == "rotation" else "folder", mode, image_size=32, patch_size=8, encoder="vit-nano" if mode == "regions" else "resnet18"))
+    settings.MODES[mode](make_split(4, 32, views=3 if mode == "rotation" else None, latents=latents), config, torch.device("cpu"))
+    special = {name for views in settings.MODES.values() for name in views.reads}
+    assert config.seen & special == set(settings.MODES[mode].reads)
+
+
+def test_methods_of_modes_are_known():
+    """Every method has encoders and belongs to a mode; every condition is made of the mode's actions."""
+    offered = {method for views in settings.MODES.values() for method in views.methods}
+    assert offered == set(settings.ENCODERS) == {*settings.SEQ_METHODS, *settings.REGION_METHODS}
+    for views in settings.MODES.values():
+        words = {word for condition in views.conditions for word in condition.split("+")}
+        assert words <= {*views.groups, "all", "none"}
 
 
 def test_names_tell_runs_apart():

@@ -18,7 +18,8 @@ import config as settings
 import train
 from build import build_model, build_views
 from images import Batch
-from plumbing import distributed
+from plumbing import distributed, loop
+from plumbing.health import health
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
 from plumbing.runs import load_checkpoint
@@ -96,7 +97,7 @@ def gradients(model, batch):
     out.loss.backward()
     loss = distributed.average(dict(loss=out.loss.detach()))["loss"]
     buffers = {k: v for k, v in model.named_buffers() if v.is_floating_point()}
-    return dict(loss=loss, **{k: p.grad for k, p in model.named_parameters() if p.grad is not None}), buffers, train.health(out)
+    return dict(loss=loss, **{k: p.grad for k, p in model.named_parameters() if p.grad is not None}), buffers, health(out)
 
 
 def write_gradients(photos, tmp_path):
@@ -277,6 +278,7 @@ def test_torchrun_stops_at_a_signal_and_one_process_evaluates(photos, tmp_path, 
 FAILS_ONCE = """
 import os, sys
 import train
+from plumbing import loop
 from plumbing.errors import BadInput
 
 original = train.next_batch
@@ -288,7 +290,7 @@ def failing(views, config, step, epoch_steps):
     return original(views, config, step, epoch_steps)
 
 
-train.next_batch, train.SAVE_SECONDS = failing, -1
+train.next_batch, loop.SAVE_SECONDS = failing, -1
 sys.exit(train.main())
 """
 

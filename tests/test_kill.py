@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import datasets
 import train
-from plumbing import runs
+from plumbing import loop, runs
 
 KILLS = int(os.environ.get("KILLS", 12))
 KILLS_A_RUN = 4                 # then it is left to end
@@ -50,8 +50,8 @@ def run(argv, log, aim=None, strike=signal.SIGKILL):
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())            # its own one leaves a semaphore behind when killed in a process of multiprocessing
-    train.SAVE_SECONDS = -1
-    train.figures.draw_curves = lambda folder: (folder / "curves.png").touch()      # drawing would take as long as the run
+    loop.SAVE_SECONDS = -1
+    train.draw_curves = lambda folder: (folder / "curves.png").touch()      # drawing would take as long as the run
     counts = dict.fromkeys(STEPS, 0)
     for name, (owner, attribute) in STEPS.items():
         setattr(owner, attribute, counted(getattr(owner, attribute), name, counts, aim, strike))

@@ -1,7 +1,6 @@
 """The fast path computes what the plain one does: bf16 autocast and torch.compile follow float32 for 50 steps of every mode.
 
 On CUDA where there is one, else on the CPU; tiny models. The tolerances are a few times what was measured (on a CPU)."""
-import functools
 import os
 
 import numpy as np
@@ -13,9 +12,9 @@ from build import build_model
 from config import MODES
 from dseq_jepa import vicreg_terms
 from jepa import prediction_loss
-from plumbing.device import place, seed_all
+from plumbing.device import compile_all, place, seed_all, under_autocast
 from regions import cls_similarity, discriminative_regions, min_max
-from train import build_optimizer, compile_all, training_step
+from train import Rates, build_optimizer, training_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, BATCH, SAMPLES = 50, 8, 64
@@ -60,10 +59,13 @@ def draw(views, config, step):
 def curve(config, views, model, bf16=False, steps=STEPS):
     """Losses of the first steps: (steps,)."""
     optimizer = build_optimizer(model, config, DEVICE)
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr
-    autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=bf16)
-    return torch.stack([training_step(model, draw(views, config, step), optimizer, autocast, tau=0.996).loss.detach() for step in range(steps)]).cpu()
+    rates = Rates(lr=config.lr, weight_decay=config.weight_decay, tau=0.996)
+    forward = under_autocast(model, DEVICE, bf16)
+    losses = []
+    for step in range(steps):
+        out = training_step(model, draw(views, config, step), optimizer, rates, forward)
+        losses.append(out.loss.detach())
+    return torch.stack(losses).cpu()
 
 
 @pytest.mark.parametrize("name", CASES)

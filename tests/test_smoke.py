@@ -19,7 +19,8 @@ import saccades
 from benchmarks import bench, smoke
 from build import build_model
 from plumbing.device import place, seed_all
-from train import Meters, build_optimizer
+from plumbing.health import Meters
+from train import build_optimizer
 
 GPU, BATCH = torch.device("cuda", 0), 16
 

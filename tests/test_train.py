@@ -15,14 +15,17 @@ from same import same
 import train
 from build import build_model
 from plumbing.runs import load_checkpoint
-from train import build_optimizer, epoch_order, lr_at, tau_at, weight_decay_at
+from plumbing import loop
+from plumbing.loop import epoch_order
+from train import build_optimizer, lr_at, tau_at, weight_decay_at
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = "--width 2 --action-dim 4 --epochs 3 --batch-size 8 --warmup-epochs 1 --device cpu".split()
+TINY = "--epochs 3 --batch-size 8 --warmup-epochs 1 --device cpu".split()
+SMALL = "--width 2 --action-dim 4".split()
 MODES = {
-    "saccade": "--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2".split(),
-    "augment": "--dataset folder --mode augment --image-size 20 --views 2".split(),
-    "rotation": "--dataset solids --mode rotation --image-size 16 --limit 16 --object-views 4 --views 2".split(),
+    "saccade": "--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2".split() + SMALL,
+    "augment": "--dataset folder --mode augment --image-size 20 --views 2".split() + SMALL,
+    "rotation": "--dataset solids --mode rotation --image-size 16 --limit 16 --object-views 4 --views 2".split() + SMALL,
     "regions": "--dataset folder --mode regions --encoder vit-nano --image-size 32 --patch-size 8 --min-patches 2".split(),
 }
 
@@ -84,7 +87,7 @@ def test_every_sample_once_an_epoch_in_an_order_of_seed_and_epoch():
     orders = [epoch_order(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(o.tolist()) == list(range(50)) for o in orders)
     assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
-    train.epoch_order.cache_clear()
+    epoch_order.cache_clear()
     assert torch.equal(epoch_order(50, 0, 0), orders[0])
 
 
@@ -146,7 +149,7 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(photos, tmp_p
         return batch._replace(views=batch.views * float("nan")) if step == 5 else batch
 
     monkeypatch.setattr(train, "next_batch", poisoned)
-    monkeypatch.setattr(train, "SAVE_SECONDS", -1)          # save after every step
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)          # save after every step
     assert train.main(command("saccade", photos, tmp_path, "--name", "r")) == 2
     message = capsys.readouterr().err
     lr = lr_at(5, steps=12, warmup=4, start=1e-5, peak=4e-4, end=1e-5)
@@ -171,7 +174,7 @@ def test_compile_failure_is_one_line_and_the_run_goes_on(where, photos, tmp_path
 @pytest.mark.parametrize("mode", ["saccade", "regions"])
 def test_compiled_runs_train(mode, photos, tmp_path, monkeypatch, capsys):
     """Everything that --compile does but code generation, which takes minutes on a CPU."""
-    monkeypatch.setattr(train, "compile_all", functools.partial(train.compile_all, backend="aot_eager"))
+    monkeypatch.setattr(loop, "compile_all", functools.partial(loop.compile_all, backend="aot_eager"))
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend="aot_eager"))
     torch._dynamo.reset()
