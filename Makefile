@@ -1,5 +1,5 @@
 # make        sets up .venv, trains a small world model on embedded data, probes it, draws figures
-# make test   sets up .venv and runs the tests
+# make test   sets up .venv, runs ruff and the tests
 # make gpu    everything worth measuring on one GPU, into runs/gpu
 PYTHON ?= python3
 BIN = .venv/bin
@@ -14,6 +14,7 @@ $(FIRST)/curves.png: | .venv/run
 	$(BIN)/python train.py --dataset solids --mode saccade --quick --name first $(if $(wildcard $(FIRST)/last.pt),--resume)
 
 test: .venv/test
+	$(BIN)/python -m ruff check --quiet .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 gpu: .venv/test

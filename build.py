@@ -1,9 +1,7 @@
-"""From a Config to the objects of a run. This is the only place where a mode or a method is chosen.
+"""From a Config to the objects of a run. The only place where a mode or a method is chosen.
 
-    views = build_views(config, "train", device)     index (B,), M  ->  Batch
-    model = build_model(config, views.groups)        Batch          ->  Output
-
-A mode is a class of views (images.Views), listed in config.MODES.
+    views = build_views(config, "train", device)     index (B,), M  ->  Batch       images.Views
+    model = build_model(config, views.groups)        Batch          ->  Output      jepa.Output
 """
 from aggregator import Aggregator
 from config import MODES
@@ -22,7 +20,9 @@ def build_views(config, split, device):
 
 
 def build_model(config, groups):
-    """Untrained model; the same config gives the same weights.  groups: the mode's action columns."""
+    """Untrained model; the same config gives the same weights.
+
+    groups: {name: slice} of the columns of the mode's actions."""
     seed_all(config.seed)
     return METHODS[config.method](config, groups)
 
@@ -30,9 +30,11 @@ def build_model(config, groups):
 def build_seq_jepa(config, groups):
     """seq-JEPA: ResNet-18, action embedding, aggregator, MLP predictor."""
     encoder = ResNet18(width=config.width, stem=stem(config), z_norm=config.z_norm)
-    embed = ActionEmbedding(conditioned(config.condition, groups), config.action_dim, config.action_embed)
+    columns = conditioned(config.condition, groups)
+    embed = ActionEmbedding(columns, config.action_dim, config.action_embed)
     if (encoder.dim + embed.dim) % 4:
-        raise BadInput(f"--action-dim {config.action_dim}: 8 * width + action-dim must be a multiple of the 4 attention heads")
+        raise BadInput(f"--action-dim {config.action_dim}: 8 * width + action-dim must be a "
+                       "multiple of the 4 attention heads")
     aggregator = Aggregator(dim=encoder.dim, action_dim=embed.dim, hidden=config.agg_hidden)
     predictor = Predictor(dim=encoder.dim, action_dim=embed.dim)
     return SeqJEPA(encoder, embed, aggregator, predictor, config.action_in)
@@ -40,26 +42,39 @@ def build_seq_jepa(config, groups):
 
 def build_region_jepa(config, groups):
     """DSeq-JEPA and its relatives: ViT, narrow ViT as predictor, a plan of who predicts whom."""
-    encoder = ViT(config.encoder, image_size=config.image_size, patch_size=config.patch_size, cls=config.cls)
-    block = config.saliency_block or round(encoder.depth * 10 / 12)             # Sec. 3.2: block 10 of ViT-B's 12
-    predictor = RegionPredictor(dim=encoder.dim, width=config.predictor_width, depth=config.predictor_depth, grid=encoder.grid)
-    plan = Discriminative(N=config.region_count, source=config.regions, order=config.order, proxy=config.proxy,
-                          min_patches=config.min_patches) if "dseq" in config.method else MultiBlock()
-    return RegionJEPA(encoder, predictor, plan, block, vicreg=VICREG_WEIGHT if "c-jepa" in config.method else 0.0)
+    encoder = ViT(config.encoder, image_size=config.image_size, patch_size=config.patch_size,
+                  cls=config.cls)
+    predictor = RegionPredictor(dim=encoder.dim, width=config.predictor_width,
+                                depth=config.predictor_depth, grid=encoder.grid)
+    if "dseq" in config.method:
+        plan = Discriminative(N=config.region_count, source=config.regions, order=config.order,
+                              proxy=config.proxy, min_patches=config.min_patches)
+    else:
+        plan = MultiBlock()
+    block = config.saliency_block or round(encoder.depth * 10 / 12)     # Sec. 3.2: 10 of 12
+    vicreg = VICREG_WEIGHT if "c-jepa" in config.method else 0.0
+    return RegionJEPA(encoder, predictor, plan, block, vicreg)
 
 
-METHODS = {"seq-jepa": build_seq_jepa, "dseq-jepa": build_region_jepa, "i-jepa": build_region_jepa, "c-jepa": build_region_jepa,
-           "dseq-c-jepa": build_region_jepa}
+METHODS = {"seq-jepa": build_seq_jepa, "dseq-jepa": build_region_jepa, "i-jepa": build_region_jepa,
+           "c-jepa": build_region_jepa, "dseq-c-jepa": build_region_jepa}
 
 
 def conditioned(condition, groups):
-    """Columns of the action that the model is told.  "none" -> [], "all" -> every one, "a+b" -> those of a and b."""
+    """Columns of the action that the model is told.
+
+    "none" -> [], "all" -> every one, "a+b" -> those of a and of b."""
     names = {"none": [], "all": list(groups)}.get(condition, condition.split("+"))
-    return [i for name in names for i in range(groups[name].start, groups[name].stop)]
+    columns = []
+    for name in names:
+        columns += range(groups[name].start, groups[name].stop)
+    return columns
 
 
 def stem(config):
-    """Sec. 4.2: the CIFAR stem for 32-pixel images and patches, the standard one for larger views (48 px is our line)."""
+    """Sec. 4.2: the CIFAR stem for 32-pixel images and patches, the standard one for larger views.
+
+    48 pixels is our line between them."""
     if config.stem != "auto":
         return config.stem
     return "cifar" if config.view_size <= 48 else "imagenet"
