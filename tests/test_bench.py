@@ -42,17 +42,16 @@ def test_sizes_alone_give_the_count_of_a_real_step(method, rule, make_config):
     real = flops.count(model, batch)
     with torch.no_grad():
         plan = model.plan(batch, model.look(batch)[2], model.encoder.grid)
-    logs = {part: flops.count_by_size(getattr(model, part)) for part in flops.PARTS}
-    cost = flops.plan_cost(model, model.target_encoder, batch.views[:, 0], plan, logs)
+    cost = flops.plan_cost(flops.by_size(config, CPU), batch.views[:, 0], plan)
     assert cost.flops["total"] == pytest.approx(real, rel=1e-6)
     assert cost.seen == (plan.context > 0).sum() / 6 and cost.predicted == (plan.target > 0).sum() / 6
 
 
 def test_a_linear_layer_costs_six_times_its_weights():
     """Two FLOPs a multiply-add, three products a layer: forward, gradient of the input, gradient of the weights."""
-    layer = torch.nn.Linear(8, 4)
-    log = flops.count_by_size(layer)
-    assert layer(torch.randn(5, 8, requires_grad=True)).shape == (5, 4) and log == [6 * 5 * 8 * 4]
+    layer = flops.BySize(torch.nn.Linear(8, 4, device="meta"), CPU)
+    found = layer(torch.randn(5, 8, requires_grad=True))
+    assert found.shape == (5, 4) and found.requires_grad and layer.log == [6 * 5 * 8 * 4]
 
 
 def test_region_costs_of_every_way_and_of_whole_trainings():
