@@ -293,13 +293,15 @@ def measure_step(stage, views, config, device, options, split=None):
 
 def peak_flops(device):
     """FLOP/s that a device can do at most, and where the number is from."""
-    n, dtype = 2048, torch.float32
+    n = 2048
+    dtype = torch.float32
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAKS.items():
             if all(word in name for word in known.split()):
                 return peak, f"{known}, dense bf16, data sheet"
-        n, dtype = 8192, torch.bfloat16
+        n = 8192
+        dtype = torch.bfloat16
     a = torch.randn(n, n, device=device, dtype=dtype)
     peak = 2 * n ** 3 / seconds(lambda: a @ a, device, 5)
     return peak, f"measured, {n} x {n} matrices in {str(dtype).removeprefix('torch.')}"

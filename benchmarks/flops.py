@@ -183,12 +183,15 @@ def mean_count(chosen):
 
 def average(costs):
     """The mean of several Costs, of batches of one size."""
-    def mean(values):
-        return sum(values) / len(costs)
-    return Cost({part: mean([c.flops[part] for c in costs]) for part in costs[0].flops},
-                steps=mean([c.steps for c in costs]),
-                seen=mean([c.seen for c in costs]),
-                predicted=mean([c.predicted for c in costs]))
+    def mean(field):
+        return sum(field(cost) for cost in costs) / len(costs)
+    flops = {}
+    for part in costs[0].flops:
+        flops[part] = mean(lambda cost: cost.flops[part])
+    return Cost(flops,
+                steps=mean(lambda cost: cost.steps),
+                seen=mean(lambda cost: cost.seen),
+                predicted=mean(lambda cost: cost.predicted))
 
 
 def curricula(costs):

@@ -44,11 +44,10 @@ def normalised(image, split):
 
 def augmentations_one_by_one(split, size):
     """torchvision's chain with CONTEXT's ranges, for one uint8 image."""
-    brightness, contrast, saturation, hue = CONTEXT.half_range
     return v2.Compose([
         v2.RandomResizedCrop(size, CONTEXT.scale, CONTEXT.ratio, BICUBIC, antialias=True),
         v2.RandomHorizontalFlip(CONTEXT.flip),
-        v2.RandomApply([v2.ColorJitter(brightness, contrast, saturation, hue)], CONTEXT.jitter),
+        v2.RandomApply([v2.ColorJitter(*CONTEXT.half_range)], CONTEXT.jitter),
         v2.RandomGrayscale(CONTEXT.grey),
         v2.GaussianBlur(blur_kernel_size(size), CONTEXT.sigma),
         v2.ToDtype(torch.float32, scale=True),

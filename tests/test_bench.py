@@ -20,6 +20,14 @@ def test_views_and_regions_are_timed_both_ways(tmp_path, capsys):
     assert all(name in printed for name in bench.VIEWS) and printed.count("100.0%") == 2          # both ways find the same regions
 
 
+def test_both_ways_see_the_same_uneven_saliency(make_config):
+    config = make_config(image_size=20, patch_size=8)
+    views, split = bench.make_views(config, 3, CPU)
+    slow = bench.per_image(views, split, config)
+    assert slow.saliency.shape == (3, 20, 20) and slow.saliency.std() > 0.1
+    assert torch.equal(slow.saliency, views.saliency[torch.arange(3)])
+
+
 @pytest.mark.parametrize("case", ["saccade", "i-jepa"])
 def test_training_steps_are_timed_along_the_fast_path(case, capsys):
     arguments = f"train --device cpu --only {case} --repeats 1 --batch-size 4 --compare torchvision --workers 0"
