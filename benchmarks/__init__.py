@@ -1,1 +1,1 @@
-"""Nothing of the papers is in here: how fast the code is, and whether all of it runs on a new machine."""
+"""Nothing of the papers is in here: how fast the code is, and whether a new machine runs it all."""

@@ -1,12 +1,14 @@
-"""Several processes train one model: what differs between one and many, so that the rest of the code need not ask.
+"""Several processes train one model: what differs between one and many, so that nothing else asks.
 
-    torchrun --nproc-per-node 8 train.py ...        8 GPUs, one process each (gloo and the CPU where there are none)
+    torchrun --nproc-per-node 8 train.py ...        8 GPUs, one process each
+                                                    (gloo and the CPU where there are none)
 
-Every process ("rank") has the whole model and its share of every global batch; DDP averages the gradients. With one process
-nothing here does anything: ranks are 1, `gather` is the identity, `on_main` a call.
+Every process ("rank") has the whole model and its share of every global batch; DDP averages the
+gradients. With one process nothing here does anything: ranks are 1, `gather` is the identity,
+`on_main` a call.
 
-Two kinds of traffic. Between hosts, through gloo: who is first, who failed, when to stop. Between devices: gradients,
-batch statistics, metrics; none of that makes a host wait for its device.
+Two kinds of traffic. Between hosts, through gloo: who is first, who failed, when to stop. Between
+devices: gradients, batch statistics, metrics; none of that makes a host wait for its device.
 Checked in tests/test_distributed.py: two processes give the gradients of one.
 """
 import datetime
@@ -46,7 +48,7 @@ def local_rank():
 
 
 def start():
-    """Join the other ranks, if torchrun started several. All but rank 0 lose their standard output."""
+    """Join the other ranks, if torchrun started several. Only rank 0 keeps its standard output."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, rank, size = _fresh_store()
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
@@ -55,24 +57,32 @@ def start():
 
 
 def _fresh_store():
-    """(torchrun's key-value store, under a prefix that only ranks alive now know; rank; number of ranks).
+    """(torchrun's key-value store under a prefix that only living ranks know, rank, world size).
 
-    After --max-restarts torchrun's store still holds the addresses of dead ranks, and nodes may count restarts differently.
-    So rank 0 names the session: it answers whoever greets it, dead or alive, until every living rank has heard the name."""
+    After --max-restarts torchrun's store still holds the addresses of dead ranks, and nodes may
+    count restarts differently. So rank 0 names the session: it answers whoever greets it, dead or
+    alive, until every living rank has heard the name."""
     store, rank, size = next(dist.rendezvous("env://"))
-    session = me = uuid.uuid4().hex
+    me = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello {rank}", me)
-        session = store.get(f"welcome {me}").decode()                        # waits for it
+        session = store.get(f"welcome {me}").decode()           # waits for it
         store.set(f"heard {session} {rank}", "")
-    deaf = set(range(1, size)) if rank == 0 else ()
-    while deaf:
-        for r in deaf:
-            if store.check([f"hello {r}"]):
-                store.set("welcome " + store.get(f"hello {r}").decode(), session)
-        deaf = {r for r in deaf if not store.check([f"heard {session} {r}"])}
-        time.sleep(0.01)
+    else:
+        session = me
+        _tell(session, store, set(range(1, size)))
     return dist.PrefixStore(session, store), rank, size
+
+
+def _tell(session, store, deaf):
+    """Rank 0: answer greetings with the session's name until the `deaf` ranks have heard it."""
+    while deaf:
+        for rank in deaf:
+            if store.check([f"hello {rank}"]):
+                greeter = store.get(f"hello {rank}").decode()
+                store.set(f"welcome {greeter}", session)
+        deaf = {rank for rank in deaf if not store.check([f"heard {session} {rank}"])}
+        time.sleep(0.01)
 
 
 def finish():
@@ -86,16 +96,18 @@ def own_device(device):
     if world_size() == 1:
         return device
     if device.type == "mps" or device.index is not None:
-        raise BadInput(f"--device {device}: cannot be shared by {world_size()} processes; use cuda, one GPU each, or cpu")
+        raise BadInput(f"--device {device}: cannot be shared by {world_size()} processes; "
+                       "use cuda, one GPU each, or cpu")
     if device.type == "cuda":
         if local_rank() >= torch.cuda.device_count():
-            raise BadInput(f"--nproc-per-node: more processes than this node's {torch.cuda.device_count()} GPUs; lower it, or --device cpu")
+            raise BadInput("--nproc-per-node: more processes than this node's "
+                           f"{torch.cuda.device_count()} GPUs; lower it, or --device cpu")
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     return device
 
 
-_device_group = None                        # between devices; None is torch's default group, the one between hosts
+_device_group = None        # between devices; None is torch's default group, the one between hosts
 
 
 def connect(device):
@@ -117,7 +129,9 @@ def everyone(value):
 
 
 def highest(*numbers):
-    """For each number the largest that any rank has: ranks decide as one. Called at every step, so no pickling."""
+    """For each number the largest that any rank has: ranks decide as one.
+
+    Called at every step, so nothing is pickled."""
     if world_size() == 1:
         return numbers
     numbers = torch.tensor(numbers, dtype=torch.float64)
@@ -126,21 +140,29 @@ def highest(*numbers):
 
 
 def on_main(call, *args):
-    """call(*args) on rank 0 while the others wait: its result on every rank, or its error raised on every rank."""
+    """call(*args) on rank 0 while the others wait: its result, or its error, on every rank."""
     return everyone(_attempt(is_main(), call, args))[0]
 
 
 def in_turn(call, *args):
-    """call(*args) on every rank: rank 0 first, then the first rank of each other node, then the rest. Each gets its own result.
+    """call(*args) on every rank: rank 0, then the first rank of each other node, then the rest.
 
-    What the first ones download, decode or render the later ones find. An error of one is raised on all."""
-    mine = 0 if is_main() else 1 if local_rank() == 0 else 2
-    return [_attempt(turn == mine, call, args) for turn in range(3)][mine]
+    Each gets its own result. What the first ones download, decode or render the later ones find.
+    An error of one is raised on all."""
+    if is_main():
+        mine = 0
+    elif local_rank() == 0:
+        mine = 1
+    else:
+        mine = 2
+    results = [_attempt(turn == mine, call, args) for turn in range(3)]
+    return results[mine]
 
 
 def _attempt(mine, call, args):
     """call(*args) where `mine`, else None. An error on one rank is raised on all."""
-    result = error = None
+    result = None
+    error = None
     try:
         result = call(*args) if mine else None
     except (Exception, SystemExit) as caught:           # SystemExit: argparse's, or a signal's
@@ -152,15 +174,17 @@ def _attempt(mine, call, args):
 
 
 def first_failure(status):
-    """Told by a rank that is about to fail with this exit status: (whether it is the first, the first one's status).
+    """Told by a rank that is about to fail: (whether it is the first, the first one's exit status).
 
-    The first one alone says why. The others fail too, at the latest when they find that they cannot reach it any more."""
+    status: the exit status of this rank. The first one alone says why. The others fail too, at the
+    latest when they find that they cannot reach it any more."""
     if world_size() == 1:
         return True, status
     claim = f"{rank()} {status}"
     try:
-        first = dist.distributed_c10d._get_default_store().compare_set("failed", "", claim).decode()
-    except RuntimeError:                                # the store is gone, and with it whoever was first
+        store = dist.distributed_c10d._get_default_store()
+        first = store.compare_set("failed", "", claim).decode()
+    except RuntimeError:                # the store is gone, and with it whoever was first
         return False, status
     return first == claim, int(first.split()[1])
 
@@ -171,7 +195,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.rows, ctx.group = len(x), _device_group
+        ctx.rows = len(x)
+        ctx.group = _device_group
         everything = x.new_empty(world_size() * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(everything, x.contiguous(), group=ctx.group)
         return everything
@@ -186,9 +211,10 @@ class _Gather(torch.autograd.Function):
 def gather(x):
     """Rows of all ranks, in the order of the global batch: (b, ...) -> (B, ...), with gradient.
 
-    For what is not a mean over samples, such as batch statistics or covariances. The gradient of x is that of the *sum* of all
-    ranks' losses: another rank's loss depends on our x too. DDP then divides by the number of ranks, so what is minimised
-    is the mean of the ranks' losses; a term that all ranks compute alike counts once, as with one process."""
+    For what is not a mean over samples, such as batch statistics or covariances. The gradient of x
+    is that of the *sum* of all ranks' losses: another rank's loss depends on our x too. DDP then
+    divides by the number of ranks, so what is minimised is the mean of the ranks' losses; a term
+    that all ranks compute alike counts once, as with one process."""
     return x if world_size() == 1 else _Gather.apply(x)
 
 
@@ -204,44 +230,66 @@ def average(values):
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm1d and 2d with the statistics of the global batch, in train mode.
 
-    torch.nn.SyncBatchNorm refuses CPU tensors, so this could not be tested without several GPUs; nor does torch.compile fuse it."""
+    torch.nn.SyncBatchNorm refuses CPU tensors, so this could not be tested without several GPUs;
+    nor does torch.compile fuse it."""
+
+    @classmethod
+    def of(cls, norm):
+        """In place of a BatchNorm: with its very parameters and buffers, under the same names."""
+        ours = cls(norm.num_features, norm.eps, norm.momentum, norm.affine,
+                   norm.track_running_stats)
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(ours, name, getattr(norm, name))
+        return ours.train(norm.training)
 
     def forward(self, x):
+        """x (b, C, ...), this rank's share of the global batch -> the same shape and dtype."""
         if not self.training:
             return super().forward(x)
         over = [d for d in range(x.dim()) if d != 1]
         moments = torch.stack(torch.var_mean(x.float(), over, correction=0))
-        variances, means = gather(moments[None]).unbind(1)                   # (ranks, C); all shares are equally large
+        variances, means = gather(moments[None]).unbind(1)      # (ranks, C); equally large shares
         mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)       # stable, unlike E[x^2] - E[x]^2
+        # Stable, unlike E[x^2] - E[x]^2.
+        variance = variances.mean(0) + (means - mean).square().mean(0)
         with torch.no_grad():
             count = x.numel() // x.shape[1] * world_size()
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        # Both are fp32 under autocast too.
         scale = (variance + self.eps).rsqrt() * (self.weight if self.affine else 1)
         shift = (self.bias if self.affine else 0) - mean * scale
-        scale, shift = (v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
-        return torch.addcmul(shift, x, scale).to(x.dtype)                    # scale and shift are fp32 under autocast too
+        per_channel = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(shift.view(per_channel), x, scale.view(per_channel)).to(x.dtype)
 
     def _check_input_dim(self, x):
         assert x.dim() >= 2, f"expected (B, C, ...), got {tuple(x.shape)}"
 
 
 def globalise_batchnorm(model):
-    """Let every BatchNorm of the model, in place, see the global batch. Parameters, buffers and their names stay."""
-    for module in model.modules():
-        if world_size() > 1 and isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.__class__ = GlobalBatchNorm
+    """The model, its BatchNorms replaced by ones that see the global batch. Alone: as it is.
+
+    They are replaced in the modules that hold them. Parameters and buffers stay the same objects
+    under the same names."""
+    if world_size() == 1:
+        return model
+    if isinstance(model, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        return GlobalBatchNorm.of(model)
+    for name, child in model.named_children():
+        setattr(model, name, globalise_batchnorm(child))
+    return model
 
 
 def data_parallel(model):
-    """The model as a callable whose output's backward() averages gradients over ranks, as long as the callable lives.
+    """The model as a callable whose output's backward() averages gradients over ranks.
 
-    Parameters and state dict remain `model`'s, without a prefix."""
+    It does so as long as the callable lives. Parameters and state dict remain `model`'s, without a
+    prefix."""
     if world_size() == 1:
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)                       # torch 2.15 renames broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)      # torch 2.15 renames broadcast_buffers
+        # Buffers are equal on all ranks, as GlobalBatchNorm keeps them.
         return nn.parallel.DistributedDataParallel(model, process_group=_device_group,
-                                                   broadcast_buffers=False)  # they are equal on all ranks: GlobalBatchNorm
+                                                   broadcast_buffers=False)

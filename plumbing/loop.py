@@ -61,9 +61,7 @@ class Run:
 
     def place(self, model):
         """The model on this rank's device, in train mode, with BatchNorms of the global batch."""
-        model = place(model, self.device).train()
-        distributed.globalise_batchnorm(model)
-        return model
+        return distributed.globalise_batchnorm(place(model, self.device).train())
 
     def begin(self, model, optimizer, rates):
         """Fill in what a checkpoint holds and make the run's folder.

@@ -20,6 +20,14 @@ def test_views_and_regions_are_timed_both_ways(tmp_path, capsys):
     assert all(name in printed for name in bench.VIEWS) and printed.count("100.0%") == 2          # both ways find the same regions
 
 
+def test_both_ways_see_the_same_uneven_saliency(make_config):
+    config = make_config(image_size=20, patch_size=8)
+    views, split = bench.make_views(config, 3, CPU)
+    slow = bench.per_image(views, split, config)
+    assert slow.saliency.shape == (3, 20, 20) and slow.saliency.std() > 0.1
+    assert torch.equal(slow.saliency, views.saliency[torch.arange(3)])
+
+
 @pytest.mark.parametrize("case", ["saccade", "i-jepa"])
 def test_training_steps_are_timed_along_the_fast_path(case, capsys):
     arguments = f"train --device cpu --only {case} --repeats 1 --batch-size 4 --compare torchvision --workers 0"
@@ -42,17 +50,16 @@ def test_sizes_alone_give_the_count_of_a_real_step(method, rule, make_config):
     real = flops.count(model, batch)
     with torch.no_grad():
         plan = model.plan(batch, model.look(batch)[2], model.encoder.grid)
-    logs = {part: flops.count_by_size(getattr(model, part)) for part in flops.PARTS}
-    cost = flops.plan_cost(model, model.target_encoder, batch.views[:, 0], plan, logs)
+    cost = flops.plan_cost(flops.by_size(config, CPU), batch.views[:, 0], plan)
     assert cost.flops["total"] == pytest.approx(real, rel=1e-6)
     assert cost.seen == (plan.context > 0).sum() / 6 and cost.predicted == (plan.target > 0).sum() / 6
 
 
 def test_a_linear_layer_costs_six_times_its_weights():
     """Two FLOPs a multiply-add, three products a layer: forward, gradient of the input, gradient of the weights."""
-    layer = torch.nn.Linear(8, 4)
-    log = flops.count_by_size(layer)
-    assert layer(torch.randn(5, 8, requires_grad=True)).shape == (5, 4) and log == [6 * 5 * 8 * 4]
+    layer = flops.BySize(torch.nn.Linear(8, 4, device="meta"), CPU)
+    found = layer(torch.randn(5, 8, requires_grad=True))
+    assert found.shape == (5, 4) and found.requires_grad and layer.log == [6 * 5 * 8 * 4]
 
 
 def test_region_costs_of_every_way_and_of_whole_trainings():

@@ -91,7 +91,7 @@ def share(batch):
 
 def gradients(model, batch):
     """(loss, gradients, buffers) after one backward pass over the global batch."""
-    distributed.globalise_batchnorm(model)
+    model = distributed.globalise_batchnorm(model)
     parallel = distributed.data_parallel(model)
     out = parallel(share(batch))
     out.loss.backward()
@@ -125,8 +125,8 @@ def test_two_processes_give_the_gradients_of_one(photos, tmp_path):
 
 def test_global_batchnorm_with_one_process_is_batchnorm():
     for x, kind in ((torch.randn(8, 3, 5, 5) + 100, nn.BatchNorm2d), (torch.randn(8, 3), nn.BatchNorm1d)):
-        plain, ours = kind(3), kind(3)
-        ours.__class__ = distributed.GlobalBatchNorm
+        plain = kind(3)
+        ours = distributed.GlobalBatchNorm(3)
         for net in (plain, ours):
             net(x)
             net.weight.data.fill_(2), net.bias.data.fill_(3)
@@ -137,13 +137,29 @@ def test_global_batchnorm_with_one_process_is_batchnorm():
         assert list(ours.state_dict()) == list(plain.state_dict())
 
 
+def test_batchnorms_are_replaced_and_their_tensors_stay(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3, momentum=0.2)),
+                          nn.Flatten(), nn.BatchNorm1d(4, affine=False).eval())
+    tensors = model.state_dict(keep_vars=True)
+    names = [name for name, _ in model.named_parameters()]
+    assert distributed.globalise_batchnorm(model) is model
+    first, second = model[1][0], model[3]
+    assert type(first) is type(second) is distributed.GlobalBatchNorm
+    assert (first.eps, first.momentum, first.training, second.training) == (1e-3, 0.2, True, False)
+    assert list(model.state_dict()) == list(tensors) and [n for n, _ in model.named_parameters()] == names
+    assert all(tensor is tensors[name] for name, tensor in model.state_dict(keep_vars=True).items())
+    alone = nn.BatchNorm1d(2)
+    found = distributed.globalise_batchnorm(alone)
+    assert type(found) is distributed.GlobalBatchNorm and found.weight is alone.weight
+
+
 def test_alone_nothing_changes():
     x, values = torch.randn(3, 2), dict(a=torch.ones(()))
     assert distributed.gather(x) is x and distributed.average(values) is values
     assert distributed.highest(3, True) == (3, True) and distributed.everyone("x") == ["x"]
     model = nn.BatchNorm1d(2)
-    distributed.globalise_batchnorm(model)
-    assert type(model) is nn.BatchNorm1d and distributed.data_parallel(model) is model
+    assert distributed.globalise_batchnorm(model) is model and distributed.data_parallel(model) is model
     assert distributed.on_main(max, 1, 2) == 2 and distributed.in_turn(max, 1, 2) == 2 and distributed.first_failure(2) == (True, 2)
     with pytest.raises(BadInput, match="no"):
         distributed.in_turn(refuse, "no")

@@ -7,7 +7,6 @@ import json
 import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -15,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as settings
 import dseq_jepa
-import saccades
 from benchmarks import bench, smoke
 from build import build_model
 from plumbing.device import place, seed_all
@@ -66,7 +64,6 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (2 ** 36, 2 ** 36))
-    monkeypatch.setattr(saccades, "saliency_maps", lambda kind, split, config, device: [np.ones((BATCH, config.image_size, config.image_size), np.float32)])
     waits = Waits()
 
     def sizes(*present):                                                # what attention.sizes reads cannot be read here
@@ -86,10 +83,10 @@ def fake_gpu(monkeypatch):
 @pytest.mark.parametrize("case", smoke.CASES)
 def test_a_step_mixes_no_devices_and_waits_for_the_gpu_only_where_it_says(case, fake_gpu):
     mode, changes = smoke.CASES[case]
-    values = settings.preset(smoke.DATASETS[mode], mode) | dict(saliency="uniform", batch_size=BATCH)
+    values = settings.preset(smoke.DATASETS[mode], mode) | dict(batch_size=BATCH)
     small = dict(encoder="vit-nano", image_size=64) if mode == "regions" else {}          # weights are real, and ViT-B's take a while to draw
     config = settings.check(settings.Config(**values | changes | small))
-    views, _ = bench.make_views(mode, config, BATCH, GPU)
+    views, _ = bench.make_views(config, BATCH, GPU)
     with unset_fake_temporarily():
         model = build_model(config, views.groups)
     model = place(model, GPU).train()
