@@ -123,7 +123,7 @@ def sample_objects(n: int, seed: int, split: str) -> Solids:
 def fit_unit_ball(kind, centre, half, axes, ends):
     """Centres and half extents of objects that were moved and scaled into the unit ball.
 
-    The middle of the bounding box goes to the origin, the farthest point (or a bound) to radius 1."""
+    The middle of the bounding box goes to the origin, the farthest point (or a bound) to 1."""
     reach = torch.einsum("npij,npj->npi", axes.abs(), half)
     real = (kind != NOTHING)[..., None]
     low = (centre - reach).masked_fill(~real, math.inf).amin(1, keepdim=True)
