@@ -3,15 +3,15 @@
     saliency (B, H, W)  ->  fixations (B, K, 2) as (row, column), pixels
     images (B, 3, H, W) uint8, fixations  ->  patches (B, K, 3, p, p), normalised
 
-Fixations are drawn from the saliency map. Inhibition of return (IoR) then zeroes the probability in a
-square of side p, the patch width, around each earlier fixation. The patch of fixation (r, c) holds
-rows r - p//2 ... r - p//2 + p - 1 of the image and the same columns: an exact crop, with zeros where
-it reaches beyond the border. The inhibited square is the patch's own footprint.
+Fixations are drawn from the saliency map. Inhibition of return (IoR) then zeroes the probability
+in a square of side p, the patch width, around each earlier fixation. The patch of fixation (r, c)
+holds rows r - p//2 ... r - p//2 + p - 1 of the image and the same columns: an exact crop, with
+zeros where it reaches beyond the border. The inhibited square is the patch's own footprint.
 
 Action: (x, y) displacement of the patch centre in units of the image side, x to the right, y down.
 
-Nothing here loops over samples or waits for the device. Differs from the authors' code, which crops at
-the transposed place, resamples the patch, and drops IoR when saliency is off.
+Nothing here loops over samples or waits for the device. Differs from the authors' code, which crops
+at the transposed place, resamples the patch, and drops IoR when saliency is off.
 Checked in tests/test_saccades.py.
 """
 import torch
@@ -25,17 +25,17 @@ FLOOR = 1e-30    # mass of a pixel the map calls impossible: never drawn while a
 def _draw(weights, generator=None):
     """One index per row, in proportion to weights (B, n) >= 0.  -> (B, 1)
 
-    Inverse CDF. u lies in (0, total], and the first entry whose running sum reaches u has weight > 0."""
+    Inverse CDF. u is in (0, total]; the first entry whose running sum reaches u has weight > 0."""
     cdf = weights.cumsum(1)
     u = 1 - torch.rand(len(weights), 1, device=weights.device, generator=generator)
     return torch.searchsorted(cdf, u * cdf[:, -1:])
 
 
 def sample_fixations(saliency, count, patch_size, ior=True, generator=None):
-    """Draw `count` fixations per image.  saliency (B, H, W) >= 0, any scale  ->  (B, count, 2) int64.
+    """Draw `count` fixations per image.  saliency (B, H, W) >= 0, any scale -> (B, count, 2) int64.
 
-    Two draws make a fixation: a row from the row sums, then a column from that row. IoR edits only the
-    p rows it touches, so only their sums are computed again: this is what makes it fast.
+    Two draws make a fixation: a row from the row sums, then a column from that row. IoR edits only
+    the p rows it touches, so only their sums are computed again: this is what makes it fast.
     Fall-backs: where no mass is left, uniform over what is not inhibited (that is what FLOOR does);
     where everything is inhibited, uniform over the image."""
     B, H, W = saliency.shape
@@ -66,14 +66,17 @@ def crop_patches(images, fixations, patch_size, mean, std):
     images (B, 3, H, W) uint8, fixations (B, K, 2), mean and std (3,) of pixels in [0, 1]
     ->  (B, K, 3, p, p) float32.  Rows are copied whole, then columns are picked from them."""
     B, C, H, W = images.shape
-    K, p = fixations.shape[1], patch_size
-    window = fixations[..., None] + torch.arange(p, device=images.device) - p // 2       # (B, K, 2, p)
-    rows, columns = window[:, :, 0], window[:, :, 1]                                     # may lie outside
+    K = fixations.shape[1]
+    p = patch_size
+    window = fixations[..., None] + torch.arange(p, device=images.device) - p // 2
+    rows, columns = window.unbind(2)                    # (B, K, p) each, may lie outside
     plane = torch.arange(B * C, device=images.device).view(B, C, 1, 1) * H
     picked = (plane + rows.clamp(0, H - 1).view(B, 1, K, p)).flatten()
     strips = images.reshape(B * C * H, W).index_select(0, picked).view(B, C, K, p, W)
     pick = columns.clamp(0, W - 1)[:, None, :, None, :].expand(B, C, K, p, p)
-    inside = ((rows >= 0) & (rows < H))[..., :, None] & ((columns >= 0) & (columns < W))[..., None, :]
+    row_inside = (rows >= 0) & (rows < H)
+    column_inside = (columns >= 0) & (columns < W)
+    inside = row_inside[..., :, None] & column_inside[..., None, :]     # (B, K, p, p)
     patches = normalise(strips.gather(4, pick), mean, std, channel_dim=1).mul_(inside[:, None])
     return patches.transpose(1, 2)
 
@@ -82,7 +85,8 @@ class Saccades(Views):
     """Mode `saccade`: sample indices -> Batch of foveal patches along a scanpath.
 
     split: images.Split; renders of one object count as separate images.
-    actions (B, M, 2): relative (x, y).  params (B, M+1, 2): the fixation's own (x, y), image sides."""
+    actions (B, M, 2): relative (x, y).
+    params (B, M+1, 2): the fixation's own (x, y), image sides."""
 
     conditions = ("position", "none")
     reads = ("patch_size", "saliency", "ior")
@@ -110,7 +114,9 @@ class Saccades(Views):
         self.saliency.prefetch(index)
 
     def scanpaths(self, index, count):
-        """Look at each image `count` times: fixations (B, count, 2), patches (B, count, 3, p, p)."""
+        """Look at each image `count` times.
+
+        ->  fixations (B, count, 2), patches (B, count, 3, p, p)"""
         saliency = self.saliency[index]
         fixations = sample_fixations(saliency, count, self.patch_size, self.ior)
         return fixations, self.to_views(self.images[index], fixations)

@@ -2,12 +2,12 @@
 
     images (N, 3, S, S) uint8  ->  maps (N, S, S), float16 or float32, >= 0, any scale per image
 
-Three sources, chosen by --saliency:
+Chosen by --saliency:
   signature   embedded: the image signature of Hou, Harel & Koch (TPAMI 2012) with a centre prior,
               a bottom-up method in a few matrix products; computed once and cached
-  DIR         published maps, one file a split: DIR/saliency_SPLIT.npy or DIR/SPLIT/saliency_SPLIT.npy,
-              (N, 1, S, S) or (N, S, S), in the order of the data set
-  deepgaze    the paper's: DeepGaze IIE through the package deepgaze_pytorch, computed once and cached
+  DIR         published maps, one file a split: DIR/saliency_SPLIT.npy or
+              DIR/SPLIT/saliency_SPLIT.npy, (N, 1, S, S) or (N, S, S), in the data set's order
+  deepgaze    the paper's: DeepGaze IIE through the package deepgaze_pytorch; computed once, cached
   uniform     none: every pixel alike (Table 3, "no saliency")
 Checked in tests/test_saliency.py.
 """
@@ -28,13 +28,12 @@ DEEPGAZE_SIZE = 512           # A.1
 
 
 def saliency_maps(source, split, config, device):
-    """Maps for every image of a images.Split: a list of arrays whose rows line up with its images.
+    """Maps for every image of an images.Split: a list of arrays whose rows line up with its images.
 
     source: "signature", "uniform", "deepgaze" or a folder, as --saliency.
-    Raises: BadInput if published maps do not fit the images, or deepgaze_pytorch is not installed."""
+    Raises: BadInput if published maps do not fit the images or deepgaze_pytorch is not there."""
     if source == "uniform":
-        one = torch.ones(1, dtype=torch.float16)                            # repeated by stride: takes no memory
-        return [one.expand(len(_flat(p.images)), *p.images.shape[-2:]).numpy() for p in split.parts]
+        return [_uniform(_flat(part.images)) for part in split.parts]
     if source in ("signature", "deepgaze"):
         return [_computed(source, part, split, config, device) for part in split.parts]
     return [published(Path(source), part, config.image_size) for part in split.parts]
@@ -44,10 +43,19 @@ def _flat(images):
     return images.reshape(-1, *images.shape[-3:])
 
 
+def _uniform(images):
+    """images (N, 3, S, S) -> ones (N, S, S), a single number in memory."""
+    one = torch.ones(1, dtype=torch.float16)
+    return one.expand(len(images), *images.shape[-2:]).numpy()
+
+
 def _computed(name, part, split, config, device):
-    """Maps of one part by the method of this name, cached; scaled to a maximum of 1 per image, as float16 then holds them well."""
+    """Maps of one part by the method of this name, cached.
+
+    They are scaled to a maximum of 1 per image, as float16 then holds them well."""
     images = _flat(part.images)
-    N, _, S, _ = images.shape
+    N = len(images)
+    S = images.shape[-1]
     bias = centre_bias_file(config)
     key = dict(source=split.source, part=part.name, method=name, version=1)
     if name == "deepgaze" and bias.exists():
@@ -58,50 +66,62 @@ def _computed(name, part, split, config, device):
         for start in range(0, N, 64):
             batch = torch.from_numpy(np.ascontiguousarray(images[start:start + 64])).to(device)
             maps = method(batch)
-            array[start:start + len(batch)] = (maps / maps.amax((1, 2), keepdim=True)).half().cpu().numpy()
-            yield start + len(batch)
+            maps = maps / maps.amax((1, 2), keepdim=True)
+            after = start + len(batch)
+            array[start:after] = maps.half().cpu().numpy()
+            yield after
 
-    return cached(cache_path(config, f"{part.name}-{name}"), key, (N, S, S), np.float16, fill, f"saliency of {N:,} {part.name} images")
+    path = cache_path(config, f"{part.name}-{name}")
+    what = f"saliency of {N:,} {part.name} images"
+    return cached(path, key, (N, S, S), np.float16, fill, what)
 
 
 def published(folder, part, size):
     """Maps from a file, for the images that part.rows selects: (n, S, S).
 
     Raises: BadInput if the file is absent, damaged, or of another count or size."""
-    candidates = [folder / f"saliency_{part.name}.npy", folder / part.name / f"saliency_{part.name}.npy"]
-    path = next((c for c in candidates if c.exists()), None)
-    if path is None:
-        raise BadInput(f"--saliency {folder}: expected signature, uniform, deepgaze, or a folder with {candidates[0].name}")
+    name = f"saliency_{part.name}.npy"
+    path = folder / name
+    if not path.exists():
+        path = folder / part.name / name
+    if not path.exists():
+        raise BadInput(f"--saliency {folder}: expected signature, uniform, deepgaze, "
+                       f"or a folder with {name}")
     maps = open_array(path)
     expected = (part.total, size, size)
     if maps.ndim == 4 and maps.shape[1] == 1:
         maps = maps[:, 0]
     if maps.shape != expected or maps.dtype.kind != "f":
-        raise BadInput(f"{path}: maps are {maps.dtype} {maps.shape}, expected floats {expected} or (N, 1, S, S); "
+        raise BadInput(f"{path}: maps are {maps.dtype} {maps.shape}, "
+                       f"expected floats {expected} or (N, 1, S, S); "
                        "they must be one map per image of this data set at --image-size")
     return maps if part.rows is None else maps[part.rows]
 
 
 def deepgaze(config, device):
-    """DeepGaze IIE as a function of images (B, 3, S, S) uint8 -> maps (B, S, S).  A.1: shown at 512x512.
+    """DeepGaze IIE as a function of images (B, 3, S, S) uint8 -> maps (B, S, S).
 
-    Its centre bias is DATA_DIR/centerbias_mit1003.npy (log density, any size) if there, else our Gaussian prior.
+    Images are shown at 512x512 (A.1). Its centre bias is DATA_DIR/centerbias_mit1003.npy (log
+    density, any size) if there, else our Gaussian prior.
     Raises: BadInput if the package or its weights are absent."""
     try:
         from deepgaze_pytorch import DeepGazeIIE
     except ImportError:
-        raise BadInput("--saliency deepgaze: needs the package deepgaze_pytorch (github.com/matthias-k/DeepGaze); "
+        raise BadInput("--saliency deepgaze: needs the package deepgaze_pytorch "
+                       "(github.com/matthias-k/DeepGaze); "
                        "install it or use --saliency signature") from None
     try:
-        model, n = DeepGazeIIE(pretrained=True).to(device).eval(), DEEPGAZE_SIZE
+        model = DeepGazeIIE(pretrained=True).to(device).eval()
     except OSError as error:                            # no network, a moved address, no room
-        raise BadInput(f"--saliency deepgaze: could not fetch its weights ({error}); see github.com/matthias-k/DeepGaze "
-                       "or use --saliency signature") from None
+        raise BadInput(f"--saliency deepgaze: could not fetch its weights ({error}); "
+                       "see github.com/matthias-k/DeepGaze or use --saliency signature") from None
+    n = DEEPGAZE_SIZE
     bias_file = centre_bias_file(config)
     if bias_file.exists():
         bias = torch.tensor(open_array(bias_file), dtype=torch.float32)[None, None]
         if bias.dim() != 4:
-            raise BadInput(f"{bias_file}: expected one map (H, W) of log densities, found shape {tuple(bias.shape[2:])}")
+            raise BadInput(f"{bias_file}: expected one map (H, W) of log densities, "
+                           f"found shape {tuple(bias.shape[2:])}")
         bias = F.interpolate(bias, size=(n, n), mode="bilinear", align_corners=False)[0, 0]
     else:
         bias = centre_prior(n).log()
@@ -109,10 +129,12 @@ def deepgaze(config, device):
 
     @torch.inference_mode()
     def density(images):
-        x = F.interpolate(images.float(), size=(n, n), mode="bilinear", align_corners=False)     # 0 to 255, as it expects
+        # Pixels stay between 0 and 255, as the model expects.
+        x = F.interpolate(images.float(), size=(n, n), mode="bilinear", align_corners=False)
         log_density = model(x, bias.expand(len(x), n, n)).reshape(len(x), 1, n, n)
-        S = images.shape[-1]
-        return F.interpolate(log_density.exp(), size=(S, S), mode="bilinear", antialias=True, align_corners=False)[:, 0]
+        maps = F.interpolate(log_density.exp(), size=images.shape[-2:], mode="bilinear",
+                             antialias=True, align_corners=False)
+        return maps[:, 0]
 
     return density
 
@@ -130,8 +152,10 @@ def centre_prior(n, device=None):
 
 
 def dct_matrix(n):
-    """Orthonormal DCT-II: (n, n), so that C @ x transforms the columns of x and C.T @ (C @ x) = x."""
-    i = torch.arange(n, dtype=torch.float64)             # float32 cannot hold angles of 200 radians well enough
+    """Orthonormal DCT-II as a matrix (n, n).
+
+    C @ x transforms the columns of x, and C.T @ (C @ x) = x."""
+    i = torch.arange(n, dtype=torch.float64)    # float32 is too coarse for angles of 200 radians
     C = torch.cos(math.pi * (i + 0.5) * i[:, None] / n) * math.sqrt(2 / n)
     C[0] /= math.sqrt(2)
     return C.float()
@@ -148,16 +172,21 @@ def image_signature(images):
     """Saliency by the sign of the DCT: what stands out from a smooth ground survives the sign.
 
     images (B, 3, S, S) uint8 -> (B, S, S) float32, sums to 1 per image.
-    Per opponent channel: x_hat = IDCT(sign(DCT(x))); saliency = blur(sum of x_hat^2) * centre prior."""
-    S, n = images.shape[-1], SIGNATURE_SIZE
-    x = F.interpolate(images.float() / 255, size=(n, n), mode="bilinear", antialias=True, align_corners=False)
+    Per opponent channel x_hat = IDCT(sign(DCT(x))).
+    Saliency = blur(sum of x_hat^2 over channels) * centre prior."""
+    S = images.shape[-1]
+    n = SIGNATURE_SIZE
+    x = F.interpolate(images.float() / 255, size=(n, n), mode="bilinear", antialias=True,
+                      align_corners=False)
     r, g, b = x.unbind(1)
     opponent = torch.stack([(r + g + b) / 3, r - g, b - (r + g) / 2], dim=1)
-    C, G = dct_matrix(n).to(x), gaussian_matrix(n, SIGNATURE_BLUR * n).to(x)
+    C = dct_matrix(n).to(x)
     spectrum = C @ opponent @ C.T
-    # Rounding noise has a sign too: without the threshold a one-colour image would get a random map.
+    # Rounding noise has a sign too: without a threshold a one-colour image would get a random map.
     sign = torch.where(spectrum.abs() > 1e-3, spectrum.sign(), 0.0)
-    energy = (C.T @ sign @ C).square().sum(1)                                  # (B, n, n)
-    blurred = F.interpolate((G @ energy @ G.T)[:, None], size=(S, S), mode="bilinear", align_corners=False)[:, 0]
+    energy = (C.T @ sign @ C).square().sum(1)                   # (B, n, n)
+    G = gaussian_matrix(n, SIGNATURE_BLUR * n).to(x)
+    blurred = (G @ energy @ G.T)[:, None]                       # (B, 1, n, n)
+    blurred = F.interpolate(blurred, size=(S, S), mode="bilinear", align_corners=False)[:, 0]
     saliency = (blurred + 1e-6) * centre_prior(S, x.device)
     return saliency / saliency.sum((1, 2), keepdim=True)

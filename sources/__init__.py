@@ -1,1 +1,1 @@
-"""Nothing of the papers' models is in here: data sets that need more than a reader of image files."""
+"""Nothing of the papers' models is in here: how images are read, and data sets that need a file."""

@@ -1,9 +1,11 @@
-"""CLEVR as two classification tasks (DSeq-JEPA 0.A.1.3, Table 3): how many objects, how near the nearest one.
+"""CLEVR as two classification tasks (DSeq-JEPA 0.A.1.3, Table 3): how many objects, how near.
 
-    DATA_DIR/CLEVR_v1.0/images/{train,val}/*.png, scenes/CLEVR_{train,val}_scenes.json      (Johnson et al., 2017)
+    DATA_DIR/CLEVR_v1.0/images/{train,val}/*.png                    (Johnson et al., 2017)
+    DATA_DIR/CLEVR_v1.0/scenes/CLEVR_{train,val}_scenes.json
 
     clevr-count      8 classes, 3 to 10 objects
-    clevr-distance   6 classes, the distance of the nearest object to the camera, cut at 8.0, 8.5, ..., 10.0: VTAB's bins
+    clevr-distance   6 classes, the distance of the nearest object to the camera, cut at
+                     8.0, 8.5, ..., 10.0: VTAB's bins
 
 Checked in tests/test_clevr.py.
 """
@@ -14,9 +16,10 @@ import numpy as np
 
 from plumbing.errors import BadInput
 
-EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)          # VTAB's, in CLEVR's units; pixel_coords hold (x, y, distance)
+EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)          # VTAB's, in CLEVR's units
+BINS = [f"{low} to {high}" for low, high in zip(EDGES, EDGES[1:])]
 CLASSES = {"clevr-count": [f"{n} objects" for n in range(3, 11)],
-           "clevr-distance": ["below 8.0", *(f"{a} to {b}" for a, b in zip(EDGES, EDGES[1:])), "10.0 and more"]}
+           "clevr-distance": ["below 8.0", *BINS, "10.0 and more"]}
 
 
 def clevr_files(data_dir, task, split):
@@ -25,18 +28,26 @@ def clevr_files(data_dir, task, split):
     Raises: BadInput for a missing or damaged scene file."""
     root = Path(data_dir) / "CLEVR_v1.0"
     scenes = root / "scenes" / f"CLEVR_{split}_scenes.json"
+    label_of = _count if task == "clevr-count" else _nearest
     try:
         listed = json.loads(scenes.read_text())["scenes"]
         files = [root / "images" / split / Path(scene["image_filename"]).name for scene in listed]
-        if task == "clevr-count":
-            labels = [len(scene["objects"]) - 3 for scene in listed]
-        else:
-            labels = np.searchsorted(EDGES, [min(o["pixel_coords"][2] for o in scene["objects"]) for scene in listed], side="right")
+        labels = np.array([label_of(scene) for scene in listed], dtype=np.int64)
     except FileNotFoundError:
         raise BadInput(f"{scenes}: not found; unpack CLEVR_v1.0 into --data-dir") from None
     except (ValueError, KeyError, TypeError, IndexError):
         raise BadInput(f"{scenes}: not CLEVR's list of scenes; unpack CLEVR_v1.0 again") from None
-    labels = np.asarray(labels, dtype=np.int64)
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(CLASSES[task]):
         raise BadInput(f"{scenes}: expected scenes of 3 to 10 objects; unpack CLEVR_v1.0 again")
     return files, labels
+
+
+def _count(scene):
+    """Label of clevr-count: 0 for three objects."""
+    return len(scene["objects"]) - 3
+
+
+def _nearest(scene):
+    """Label of clevr-distance: the bin of the nearest object."""
+    distance = min(thing["pixel_coords"][2] for thing in scene["objects"])      # (x, y, distance)
+    return np.searchsorted(EDGES, distance, side="right")

@@ -1,15 +1,18 @@
-"""3DIEBench (Garrido et al., 2023; seq-JEPA Sec. 4.1, A.1): read as published, packed once, trained from the pack.
+"""3DIEBench (Garrido et al., 2023; seq-JEPA Sec. 4.1, A.1): packed once, trained from the pack.
 
     ROOT/<synset>/<object>/image_{0..49}.jpg     256 px renders
-    ROOT/<synset>/<object>/latent_{0..49}.npy    (7,) rotation x, y, z; floor hue; light theta, phi; light hue
+    ROOT/<synset>/<object>/latent_{0..49}.npy    (7,) rotation x, y, z; floor hue;
+                                                 light theta, phi; light hue
     ROOT/{train,val}_images.npy                  object folders such as "/02691156/<id>/"
     ROOT/{train,val}_labels.npy                  one label each, 55 classes
-      ->  images (N, 50, 3, S, S) uint8, latents (N, 50, 7) float32: two memory-mapped arrays under DATA_DIR/.cache
+      ->  images (N, 50, 3, S, S) uint8, latents (N, 50, 7) float32:
+          two memory-mapped arrays under DATA_DIR/.cache
 
-ROOT is DATA_DIR/3DIEBench, or DATA_DIR itself. At 128 px the two splits take 103 GB and 26 GB. Objects are packed
-one after another and an interrupted pack goes on where it stopped (cache.py). A pack is tied to the names of its
-objects, in order, and to its size, not to the dates of 2.6 million files, which would take minutes to ask for: after
-replacing images by others of the same names, delete it. `pretrain` and `train` share one.
+ROOT is DATA_DIR/3DIEBench, or DATA_DIR itself. At 128 px the two splits take 103 GB and 26 GB.
+Objects are packed one after another and an interrupted pack goes on where it stopped (cache.py).
+A pack is tied to the names of its objects, in order, and to its size, not to the dates of 2.6
+million files, which would take minutes to ask for: after replacing images by others of the same
+names, delete it. `pretrain` and `train` share one.
 Checked in tests/test_threediebench.py on folders in this format.
 """
 import hashlib
@@ -18,44 +21,59 @@ from pathlib import Path
 
 import numpy as np
 
-from images import Part, choose, decode
+from images import Part
 from plumbing.cache import cache_path, cached
 from plumbing.errors import BadInput
+from sources.prepare import Reading, choose, decode
 
-VIEWS, LATENTS = 50, 7
+VIEWS = 50                      # renders per object
+LATENTS = 7
 OBJECTS_AT_ONCE = 16            # packed between two notes of progress
-HINT = "3DIEBench's split files lie in the folder data/ of github.com/facebookresearch/SIE, its renders in 3DIEBench.tar.gz"
+HINT = ("3DIEBench's split files lie in the folder data/ of github.com/facebookresearch/SIE, "
+        "its renders in 3DIEBench.tar.gz")
 
 
 def read_3diebench(config, split):
-    """A split as datasets.load wants it: parts, labels, classes, source, latents.
+    """One split of 3DIEBench.  split: "pretrain", "train" or "val"  ->  prepare.Reading
 
-    split: "pretrain", "train" or "val".
     Raises: BadInput, naming the file, for anything missing, unreadable or of the wrong size."""
-    root, name = find_root(config), "val" if split == "val" else "train"
-    folders, labels, classes = read_split(root, name)
-    chosen, total, size = choose(labels, config.limit), len(folders), config.image_size
-    folders = [folders[i] for i in chosen]
-    digest = hashlib.sha256("\n".join(folders).encode()).hexdigest()
+    root = find_root(config)
+    name = "val" if split == "val" else "train"
+    names, labels, classes = read_split(root, name)
+    total = len(names)
+    chosen = choose(labels, config.limit)
+    names = [names[i] for i in chosen]
+    folders = [root / object_name for object_name in names]
+    size = config.image_size
+
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     source = dict(dataset="3diebench", part=name, objects=digest, limit=config.limit)
-    latents = pack(cache_path(config, f"{name}-latents"), source, (LATENTS,), np.float32, root, folders,
-                   "latent_{}.npy", read_latent, f"packing {name} latents", config.workers)      # first: they show faults sooner
-    source["size"] = size
-    images = pack(cache_path(config, name), source, (3, size, size), np.uint8, root, folders,
-                  "image_{}.jpg", lambda file: decode(file, size), f"packing {name} objects", config.workers)
+    # Latents come first: they show faults sooner.
+    latents = pack(cache_path(config, f"{name}-latents"), source, (LATENTS,), np.float32,
+                   folders, "latent_{}.npy", read_latent,
+                   f"packing {name} latents", config.workers)
+    source = dict(source, size=size)
+    images = pack(cache_path(config, name), source, (3, size, size), np.uint8,
+                  folders, "image_{}.jpg", lambda file: decode(file, size),
+                  f"packing {name} objects", config.workers)
     rows = None if len(chosen) == total else chosen
-    return [Part(images, name, rows, total)], labels[chosen], classes, source, latents
+    return Reading([Part(images, name, rows, total)], labels[chosen], classes, source, latents)
 
 
-def pack(path, key, shape, dtype, root, folders, pattern, read_file, what, workers):
-    """Array (N, 50, *shape) of what `read_file` makes of the files `pattern` of each folder, kept at `path`."""
+def pack(path, key, shape, dtype, folders, pattern, read_file, what, workers):
+    """Array (N, 50, *shape), kept at `path`: what `read_file` makes of each folder's 50 files.
+
+    pattern: their name, with {} for the number of the view.  key, dtype, what: as cache.cached."""
+    def read(job):
+        i, view = job
+        return read_file(folders[i] / pattern.format(view))
+
     def fill(array, start):
-        with ThreadPoolExecutor(workers or None) as pool:              # decoding releases the interpreter lock
+        with ThreadPoolExecutor(workers or None) as pool:       # decoding runs without the GIL
             for first in range(start, len(folders), OBJECTS_AT_ONCE):
                 after = min(first + OBJECTS_AT_ONCE, len(folders))
-                jobs = [(i, v) for i in range(first, after) for v in range(VIEWS)]
-                rows = pool.map(lambda job: read_file(root / folders[job[0]] / pattern.format(job[1])), jobs)
-                for job, row in zip(jobs, rows):
+                jobs = [(i, view) for i in range(first, after) for view in range(VIEWS)]
+                for job, row in zip(jobs, pool.map(read, jobs)):
                     array[job] = row
                 yield after
 
@@ -66,16 +84,18 @@ def find_root(config):
     """Folder of the split files. Raises: BadInput if either is missing, before anything is read."""
     inside = Path(config.data_dir) / "3DIEBench"
     root = inside if inside.is_dir() else Path(config.data_dir)
-    for file in (f"{part}_{kind}.npy" for part in ("train", "val") for kind in ("images", "labels")):
+    for file in ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy"):
         if not (root / file).exists():
             place = "" if root == inside else f", nor is there a folder {inside}"
-            raise BadInput(f"{root / file}: not found{place}; {HINT}: put both in one folder, or fix --data-dir")
+            raise BadInput(f"{root / file}: not found{place}; {HINT}: "
+                           "put both in one folder, or fix --data-dir")
     return root
 
 
 def read_split(root, name):
-    """Object folders relative to root, labels (N,) int64, and class names: the synset of each label's first object.
+    """Object folders relative to root, labels (N,) int64, and class names.
 
+    A class is named by the synset of its first object.
     Labels are stored as numbers or as names; what is a class is decided by the training split."""
     train_folders, train_labels = load_split_files(root, "train")
     kinds, first, numbers = np.unique(train_labels, return_index=True, return_inverse=True)
@@ -85,19 +105,24 @@ def read_split(root, name):
     folders, labels = load_split_files(root, name)
     unknown = sorted(set(labels.tolist()) - set(kinds.tolist()))
     if unknown:
-        raise BadInput(f"{root / f'{name}_labels.npy'}: label {unknown[0]} does not occur in train_labels.npy; {HINT}")
+        raise BadInput(f"{root / f'{name}_labels.npy'}: label {unknown[0]} does not occur in "
+                       f"train_labels.npy; {HINT}")
     return folders, np.searchsorted(kinds, labels).astype(np.int64), classes
 
 
 def load_split_files(root, name):
     """{name}_images.npy and {name}_labels.npy: list of N folder names, array of N labels."""
-    images, labels = (load_array(root / f"{name}_{kind}.npy") for kind in ("images", "labels"))
-    if images.ndim != 1 or images.dtype.kind != "U" or not len(images):
-        raise BadInput(f"{root / f'{name}_images.npy'}: {images.dtype} {images.shape}, expected a list of object folders; {HINT}")
-    if labels.shape != images.shape or labels.dtype.kind not in "iufU":
-        raise BadInput(f"{root / f'{name}_labels.npy'}: {labels.dtype} {labels.shape}, expected one label, a number or a name, "
-                       f"for each of {len(images):,} objects; {HINT}")
-    return [folder.strip("/") for folder in images.tolist()], labels
+    images_file = root / f"{name}_images.npy"
+    labels_file = root / f"{name}_labels.npy"
+    folders = load_array(images_file)
+    labels = load_array(labels_file)
+    if folders.ndim != 1 or folders.dtype.kind != "U" or not len(folders):
+        raise BadInput(f"{images_file}: {folders.dtype} {folders.shape}, "
+                       f"expected a list of object folders; {HINT}")
+    if labels.shape != folders.shape or labels.dtype.kind not in "iufU":
+        raise BadInput(f"{labels_file}: {labels.dtype} {labels.shape}, expected one label, "
+                       f"a number or a name, for each of {len(folders):,} objects; {HINT}")
+    return [folder.strip("/") for folder in folders.tolist()], labels
 
 
 def load_array(path):
@@ -108,8 +133,9 @@ def load_array(path):
         raise BadInput(f"{path}: not found; unpack 3DIEBench.tar.gz again") from None
     except (ValueError, OSError, EOFError) as error:
         if "allow_pickle" in str(error):
-            raise BadInput(f"{path}: holds pickled objects, expected plain text or numbers; if you trust it, convert it once: "
-                           f"np.save(f, np.array(np.load(f, allow_pickle=True).tolist()))") from None
+            raise BadInput(f"{path}: holds pickled objects, expected plain text or numbers; "
+                           "if you trust it, convert it once: np.save(f, np.array("
+                           "np.load(f, allow_pickle=True).tolist()))") from None
         raise BadInput(f"{path}: not a readable .npy array ({error}); fetch it again") from None
 
 
@@ -117,6 +143,7 @@ def read_latent(path):
     """One view's latents (7,) float32."""
     latent = load_array(path)
     if latent.shape != (LATENTS,) or latent.dtype.kind != "f" or not np.isfinite(latent).all():
-        raise BadInput(f"{path}: {latent.dtype} {latent.shape}, expected {LATENTS} finite numbers (rotation x, y, z; floor hue; "
-                       "light theta, phi; light hue); unpack 3DIEBench.tar.gz again")
+        raise BadInput(f"{path}: {latent.dtype} {latent.shape}, expected {LATENTS} finite numbers "
+                       "(rotation x, y, z; floor hue; light theta, phi; light hue); "
+                       "unpack 3DIEBench.tar.gz again")
     return latent.astype(np.float32)

@@ -1,4 +1,4 @@
-"""datasets.py against torchvision's readers, PIL and NumPy, on files written here in the published formats."""
+"""datasets.py and prepare.py against torchvision, PIL and NumPy, on files in the published formats."""
 import os
 import pickle
 import warnings
@@ -15,6 +15,7 @@ from PIL import Image
 import datasets as D
 import images as images_module
 from plumbing.errors import BadInput
+from sources import prepare
 
 CPU = torch.device("cpu")
 
@@ -31,8 +32,8 @@ def left_in_cache(config):
 @pytest.fixture
 def decodes(monkeypatch):
     """Paths of the images decoded so far."""
-    seen, real = [], D.decode
-    monkeypatch.setattr(D, "decode", lambda path, size, smallest=1: seen.append(path) or real(path, size))
+    seen, real = [], prepare.decode
+    monkeypatch.setattr(prepare, "decode", lambda path, size, smallest=1: seen.append(path) or real(path, size))
     return seen
 
 
@@ -50,6 +51,38 @@ def raiser(error):
     def fail(*_, **__):
         raise error
     return fail
+
+
+# ---------------------------------------------------------------- what --limit keeps
+
+@pytest.mark.parametrize("counts, limit, expected", [
+    ([30, 30, 30], 9, [3, 3, 3]), ([2, 50, 10], 12, [2, 5, 5]), ([1, 1, 40], 30, [1, 1, 28]),
+    ([5, 5], 3, None), ([4], 3, [3]),
+])
+def test_choice_is_balanced_as_far_as_the_classes_allow(counts, limit, expected):
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    chosen = prepare.choose(labels, limit)
+    taken = np.bincount(labels[chosen], minlength=len(counts))
+    assert len(set(chosen)) == limit and (np.diff(chosen) > 0).all()
+    assert taken.tolist() == expected if expected else taken.max() - taken.min() == 1
+
+
+@pytest.mark.parametrize("limit", [0, 10, 11, 1000])
+def test_no_limit_and_a_large_one_keep_everything(limit):
+    np.testing.assert_array_equal(prepare.choose(np.arange(10) % 3, limit), np.arange(10))
+
+
+def test_choice_is_random_but_always_the_same():
+    labels = np.arange(1000) % 10
+    chosen = prepare.choose(labels, 100)
+    np.testing.assert_array_equal(chosen, prepare.choose(labels, 100))
+    assert abs(chosen.mean() - 500) < 100       # not the first 100
+    assert set(np.diff(chosen)) != {10}         # nor every tenth
+
+
+def test_unlabelled_images_are_chosen_at_random():
+    chosen = prepare.choose(np.full(1000, -1), 100)
+    assert len(set(chosen)) == 100 and abs(chosen.mean() - 500) < 100
 
 
 # ---------------------------------------------------------------- STL-10
@@ -134,14 +167,14 @@ def test_stl10_resized_like_pil_and_cached(stl10, size, monkeypatch):
     original, config = pixels(D.load(stl10, "train")), replace(stl10, image_size=size)
     resized = pixels(D.load(config, "train"))
     assert_close(resized, [pil_resize(image, size) for image in original])
-    monkeypatch.setattr(D.TF, "resize", raiser(AssertionError("resized again")))
+    monkeypatch.setattr(prepare.TF, "resize", raiser(AssertionError("resized again")))
     np.testing.assert_array_equal(pixels(D.load(config, "train")), resized)
 
 
 def test_stl10_pretrain_and_train_share_one_cache(stl10, monkeypatch):
     config = replace(stl10, image_size=32)
     pretrain = D.load(config, "pretrain")
-    monkeypatch.setattr(D.TF, "resize", raiser(AssertionError("resized again")))
+    monkeypatch.setattr(prepare.TF, "resize", raiser(AssertionError("resized again")))
     train = D.load(config, "train")
     np.testing.assert_array_equal(pixels(train), pretrain.parts[1].images)
     assert train.source == pretrain.source              # so that saliency maps are shared, too
@@ -300,7 +333,7 @@ def test_train_folder_is_what_torchvision_reads(folder):
     ours = D.load(config, "train")
     assert ours.classes == theirs.classes
     rank = {path: i for i, (path, _) in enumerate(theirs.samples)}
-    order = [rank[str(file)] for file in D.image_files(root)]
+    order = [rank[str(file)] for file in prepare.image_files(root)]
     assert ours.labels.tolist() == [theirs.targets[i] for i in order]
     assert_close(pixels(ours), np.stack([theirs[i][0] for i in order]))
 
@@ -370,7 +403,7 @@ def pil_decode(path, size):
 def test_every_kind_of_file_becomes_rgb(tmp_path, mode, ending, tolerance):
     path, image = tmp_path / f"x.{ending}", picture(SIZE, SIZE).convert(mode)
     image.save(path, **(dict(lossless=True) if ending == "webp" else dict(quality=98, subsampling=0)))
-    ours, expected = D.decode(path, SIZE), np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(int)
+    ours, expected = prepare.decode(path, SIZE), np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(int)
     assert ours.dtype == np.uint8 and ours.shape == (3, SIZE, SIZE)
     assert np.abs(ours - expected).max() <= tolerance
 
@@ -379,7 +412,7 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, mode, ending, tolerance):
 def test_png_of_the_right_size_keeps_its_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    ours = D.decode(tmp_path / "x.png", SIZE)
+    ours = prepare.decode(tmp_path / "x.png", SIZE)
     np.testing.assert_array_equal(ours.transpose(1, 2, 0), pixels)
     np.testing.assert_array_equal(ours, torchvision.io.decode_image(str(tmp_path / "x.png")))
 
@@ -387,13 +420,13 @@ def test_png_of_the_right_size_keeps_its_pixels(tmp_path):
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
     first, second = (picture(SIZE, SIZE).rotate(angle).quantize(256) for angle in (0, 180))
     first.save(tmp_path / "x.gif", save_all=True, append_images=[second])
-    np.testing.assert_array_equal(D.decode(tmp_path / "x.gif", SIZE).transpose(1, 2, 0), np.asarray(first.convert("RGB")))
+    np.testing.assert_array_equal(prepare.decode(tmp_path / "x.gif", SIZE).transpose(1, 2, 0), np.asarray(first.convert("RGB")))
 
 
 @pytest.mark.parametrize("height, width", [(61, 37), (37, 61), (9, 15), (24, 80), (25, 24), (200, 31), (1, 1), (1, 7), (23, 24)])
 def test_odd_sizes_are_resized_and_cropped_as_pil_does(tmp_path, height, width):
     picture(height, width).save(tmp_path / "x.png")
-    image = D.decode(tmp_path / "x.png", SIZE)
+    image = prepare.decode(tmp_path / "x.png", SIZE)
     assert image.shape == (3, SIZE, SIZE)
     assert_close(image, pil_decode(tmp_path / "x.png", SIZE))
 
@@ -604,7 +637,7 @@ PAPER = {   # A.1; ImageNet's are the usual ones
 
 @pytest.mark.parametrize("dataset", PAPER)
 def test_images_are_normalised_with_the_papers_constants(make_config, monkeypatch, dataset):
-    monkeypatch.setitem(D.READERS, dataset, lambda config, split: ([], np.zeros(0), [], {}))
+    monkeypatch.setitem(D.READERS, dataset, lambda *_: prepare.Reading([], np.zeros(0), [], {}))
     split = D.load(make_config(dataset), "train")
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 6), dtype=np.uint8)
     ours = images_module.normalise(torch.from_numpy(images), torch.tensor(split.mean), torch.tensor(split.std), channel_dim=1)

@@ -1,4 +1,4 @@
-"""images.py: which samples --limit keeps, rows on their way to the device, normalisation."""
+"""images.py: rows on their way to the device, normalisation."""
 import gc
 
 import numpy as np
@@ -8,36 +8,6 @@ import torch
 import images as I
 
 CPU = torch.device("cpu")
-
-
-# ---------------------------------------------------------------- choose
-
-@pytest.mark.parametrize("counts, limit, expected", [
-    ([30, 30, 30], 9, [3, 3, 3]), ([2, 50, 10], 12, [2, 5, 5]), ([1, 1, 40], 30, [1, 1, 28]), ([5, 5], 3, None), ([4], 3, [3]),
-])
-def test_choice_is_balanced_as_far_as_the_classes_allow(counts, limit, expected):
-    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
-    chosen = I.choose(labels, limit)
-    taken = np.bincount(labels[chosen], minlength=len(counts))
-    assert len(set(chosen)) == limit and (np.diff(chosen) > 0).all()
-    assert taken.tolist() == expected if expected else taken.max() - taken.min() == 1
-
-
-@pytest.mark.parametrize("limit", [0, 10, 11, 1000])
-def test_no_limit_and_a_large_one_keep_everything(limit):
-    np.testing.assert_array_equal(I.choose(np.arange(10) % 3, limit), np.arange(10))
-
-
-def test_choice_is_random_but_always_the_same():
-    labels = np.arange(1000) % 10
-    chosen = I.choose(labels, 100)
-    np.testing.assert_array_equal(chosen, I.choose(labels, 100))
-    assert abs(chosen.mean() - 500) < 100 and set(np.diff(chosen)) != {10}      # neither the first 100 nor every tenth
-
-
-def test_unlabelled_images_are_chosen_at_random():
-    chosen = I.choose(np.full(1000, -1), 100)
-    assert len(set(chosen)) == 100 and abs(chosen.mean() - 500) < 100
 
 
 # ---------------------------------------------------------------- Store

@@ -34,7 +34,7 @@ KILLS_A_RUN = 4                 # then it is left to end
 TINY = ("--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2 --width 2 --action-dim 4 --epochs 2 --batch-size 8 "
         "--warmup-epochs 1 --device cpu --probe-every 2 --resume").split()
 STEPS = {"save": (torch, "save"), "fsync": (os, "fsync"), "link": (os, "link"), "replace": (os, "replace"), "unlink": (os, "unlink"),
-         "decode": (datasets, "decode"), "batch": (train, "next_batch")}
+         "decode": (datasets.prepare, "decode"), "batch": (train, "next_batch")}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs kill -9")
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from build import build_views
 from datasets import load
-from images import decode
 from plumbing.cache import cache_path
 from plumbing.errors import BadInput
 from sources import threediebench
+from sources.prepare import decode
 
 VIEWS = 5        # per object; only test_published_form writes all 50
 SYNSETS = ("02691156", "02747177", "02808440")
