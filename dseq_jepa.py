@@ -242,10 +242,10 @@ class RegionJEPA(nn.Module):
         encoder_layout = arrange(seen, torch.zeros_like(seen), encoder_size)
         predictor_layout = arrange(rank, group, predictor_size)
 
-        place = predictor_layout.order % rank.shape[1]                      # of each packed token
-        masks = indices_where(place >= seen.shape[1], n)                    # the mask tokens
-        torch._dynamo.maybe_mark_dynamic(masks, 0)                          # n changes, as in arrange
-        index = indices_where(wanted, n)                                    # they, in the same order
+        place = predictor_layout.order % rank.shape[1]          # of each packed token
+        masks = indices_where(place >= seen.shape[1], n)        # those that are mask tokens
+        torch._dynamo.maybe_mark_dynamic(masks, 0)              # compile for any n, as in `arrange`
+        index = indices_where(wanted, n)                        # the same tokens in the same order
 
         context = self.encoder(images, encoder_layout, self.copies)[-1]
         z_hat = self.predictor(context, encoder_layout.order, seen.shape, predictor_layout, masks)

@@ -1,11 +1,13 @@
-"""Encoders f_theta: a ResNet-18 that turns a view into a vector, a ViT that turns an image into tokens.
+"""Encoders f_theta: a ResNet-18 turns a view into a vector, a ViT turns an image into tokens.
 
-    ResNet18   x (B, 3, H, W), any H and W  ->  z (B, D),  D = 8 * width = 512      seq-JEPA Secs. 2.2, 4.2
-    ViT        x (B, 3, H, W)  ->  (B, C+P, D): C [CLS] tokens (1 or 0), P patches  DSeq-JEPA Sec. 3.1, 0.A.1.1
+    ResNet18   seq-JEPA Secs. 2.2, 4.2
+               x (B, 3, H, W), any H and W  ->  z (B, D),  D = 8 * width = 512
+    ViT        DSeq-JEPA Sec. 3.1, 0.A.1.1
+               x (B, 3, H, W)  ->  (B, C+P, D): C [CLS] tokens (1 or 0), P patches
                                or packed (T, D): only the tokens of a Layout (attention.py)
 
-No projector follows: z itself is what is predicted and probed. Parameters of the ResNet are named as in
-torchvision, so `encoder.pt` of a full-width run with the standard stem loads into
+No projector follows: z itself is what is predicted and probed. Parameters of the ResNet are named
+as in torchvision, so `encoder.pt` of a full-width run with the standard stem loads into
 `torchvision.models.resnet18` whose `fc` is an Identity; those of the ViT as in timm.
 
 Not in the paper's text but in the authors' code: the last BatchNorm of every residual branch starts
@@ -72,7 +74,8 @@ class ResNet18(nn.Module):
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.norm(x.mean((2, 3)).float())       # fp32 from here on: z enters a cosine and a BatchNorm
+        z = x.mean((2, 3)).float()          # fp32 from here on: z enters a cosine and a BatchNorm
+        return self.norm(z)
 
 
 VITS = {            # D, blocks, heads;  nano is ours, for laptops
@@ -106,7 +109,7 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def tokens(self, x, copies=1):
-        """What enters the first block: (B, copies + P, D), `copies` [CLS] tokens before the patches."""
+        """What enters the first block: (B, copies + P, D), copies of [CLS] before the patches."""
         patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions
         if self.cls_token is None:
             return patches
@@ -131,9 +134,9 @@ class ViT(nn.Module):
 
 
 def load_pretrained(vit, state):
-    """Fill `vit` from the state dict of a timm-style or I-JEPA-style ViT of the same shape, in place.
+    """Fill `vit`, in place, from the state dict of a timm-style or I-JEPA-style ViT of its shape.
 
-    Prefixes ("module.", "encoder.", ...) are dropped, as are heads. [CLS] may be missing from `state`.
+    Prefixes ("module.", "encoder.", ...) are dropped, as are heads. [CLS] may be missing.
     Raises: KeyError if any other weight is missing, ValueError if its positions are not our fixed
     ones."""
     first = "patch_embed.proj.weight"
@@ -144,8 +147,8 @@ def load_pretrained(vit, state):
         if not torch.allclose(of_patches, vit.positions, atol=1e-4):
             raise ValueError("the weights were trained with other positions than fixed 2-D "
                              "sine-cosine ones of this grid")
-    weights = vit.state_dict()
-    for name, ours in weights.items():
-        if name != "cls_token" or prefix + name in state:
-            weights[name] = state[prefix + name].reshape(ours.shape)
+    weights = {}
+    for name, ours in vit.state_dict().items():
+        missing_cls = name == "cls_token" and prefix + name not in state
+        weights[name] = ours if missing_cls else state[prefix + name].reshape(ours.shape)
     vit.load_state_dict(weights)

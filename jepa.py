@@ -8,12 +8,12 @@
     z_hat = h_psi(z_agg, a_M)                                           predictor.py
     loss  = 1 - cos(z_hat, sg(f_target(x_{M+1})))       averaged over the batch
 
-f_target is an exponential moving average of f_theta and never receives a gradient. It stays in train
-mode, as in the authors' code: its BatchNorms use the statistics of its own batch and keep their own
-buffers; only parameters are averaged.
+f_target is an exponential moving average of f_theta and never receives a gradient. It stays in
+train mode, as in the authors' code: its BatchNorms use the statistics of its own batch and keep
+their own buffers; only parameters are averaged.
 
-Differs from the paper: the action embedding is a linear map followed by BatchNorm without affine, as
-in the authors' code; unlike there, no "no action" rows enter its statistics.
+Differs from the paper: the action embedding is a linear map followed by BatchNorm without affine,
+as in the authors' code; unlike there, no "no action" rows enter its statistics.
 Checked in tests/test_jepa.py.
 """
 import copy
@@ -28,10 +28,9 @@ from torch import nn
 class Output(NamedTuple):
     """What a method returns for a batch."""
     loss: torch.Tensor      # scalar
-    z: torch.Tensor         # (B, M, D) encoder outputs of the observed views; of a ViT, (B, P, D)
-                            # patch tokens
+    z: torch.Tensor         # (B, M, D) of the observed views; of a ViT, (B, P, D) patch tokens
     z_agg: torch.Tensor     # (B, D+E); of a ViT, (B, D) their mean
-    logs: dict              # {name: scalar tensor} to average over an epoch and write to metrics.csv
+    logs: dict              # {name: scalar tensor}: averaged over an epoch, then in metrics.csv
 
 
 class ActionEmbedding(nn.Module):
@@ -64,7 +63,7 @@ class ActionEmbedding(nn.Module):
 
 
 class SeqJEPA(nn.Module):
-    """The world model. Parts are injected; `action_in` says which of them see the actions (Table 4)."""
+    """The world model. Parts are injected; action_in: which of them see the actions (Table 4)."""
 
     def __init__(self, encoder, embed, aggregator, predictor, action_in="both"):
         super().__init__()

@@ -1,12 +1,13 @@
 """Predictors h_psi: from what has been seen to what will be seen next.
 
-    Predictor         z_agg (B, D+E),  a_M (B, E)  ->  z_hat (B, D), the predicted embedding of view M+1
-                      seq-JEPA Secs. 2.2, 4.2
-    RegionPredictor   context tokens of R_1..R_k and the positions of R_{k+1}  ->  the tokens of R_{k+1},
-                      for all k in one pass: DSeq-JEPA Eq. 5
+    Predictor         z_agg (B, D+E),  a_M (B, E)  ->  z_hat (B, D), the predicted embedding of
+                      view M+1: seq-JEPA Secs. 2.2, 4.2
+    RegionPredictor   context tokens of R_1..R_k and the positions of R_{k+1}  ->  the tokens of
+                      R_{k+1}, for all k in one pass: DSeq-JEPA Eq. 5
 
-The first is an MLP with one hidden layer of 1024 and ReLU. From the authors' code: BatchNorm after the hidden
-layer, which therefore needs no bias. The second is a narrow ViT. Checked in tests/test_predictor.py.
+The first is an MLP with one hidden layer of 1024 and ReLU. From the authors' code: BatchNorm after
+the hidden layer, which therefore needs no bias. The second is a narrow ViT.
+Checked in tests/test_predictor.py and tests/test_dseq_jepa.py.
 """
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ class Predictor(nn.Module):
 class RegionPredictor(nn.Module):
     """Narrow transformer over context tokens and mask tokens (DSeq-JEPA Eq. 5; I-JEPA's predictor).
 
-    dim: D of the encoder.  width: its own; heads are 32 wide.  grid: rows and columns of patches."""
+    dim: D of the encoder.  width: its own; heads are 32 wide.
+    grid: rows and columns of patches."""
 
     def __init__(self, *, dim, width, depth, grid):
         super().__init__()
