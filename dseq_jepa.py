@@ -194,9 +194,9 @@ class RegionJEPA(nn.Module):
             plan = self.plan(batch, saliency, self.encoder.grid)            # Eqs. 2-4
         z_hat, index = self.predict(images, plan)                           # Eq. 5
         step_loss, predicted = self.step_losses(z_hat, index, plan, h)
-        steps = predicted.sum(1)
-        image_loss = step_loss.sum(1) / steps.clamp(min=1)                  # over the steps it has
-        loss = image_loss.mean()                                            # Eqs. 6, 7
+        steps = predicted.sum(1)                                            # that an image has
+        image_loss = step_loss.sum(1) / steps.clamp(min=1)                  # Eqs. 6, 7
+        loss = image_loss.mean()
         if self.vicreg:
             x, y, counts = self.image_means(z_hat, index, plan, h)
             terms = vicreg_terms(gather(x), gather(y), gather(counts))      # of the global batch

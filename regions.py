@@ -1,8 +1,7 @@
 """Regions on the patch grid (DSeq-JEPA Sec. 3.2): where to predict, and in what order.
 
-    [CLS] (B, D), patches (B, P, D)  ->  saliency (B, P) in [0, 1]              Eq. 1, or Eq. 8
-    saliency (B, H, W), P = H * W    ->  rank (B, H, W) int64: whose region a patch is in
-                                                                                Eqs. 2-4
+    [CLS] (B, D), patches (B, P, D)  ->  saliency (B, P) in [0, 1]: Eq. 1, or Eq. 8
+    saliency (B, H, W), P = H * W    ->  rank (B, H, W) int64, which region a patch is in: Eqs. 2-4
 
 Ranks 1, 2, ... are R_1, R_2, ... in order of prediction and N is R_N, the rest of the image. Every
 patch has one rank. An image with fewer than N - 1 discriminative regions lacks the ranks between:
@@ -18,7 +17,8 @@ Beside them, with the same shapes: random blocks for the curriculum, I-JEPA's ma
 of Table 5. Last, mode `regions` itself (0.A.1.2): one random resized crop of each image, and the
 step's random blocks.
 
-    index (B,)  ->  Batch.views    (B, 1, 3, S, S), normalised: a crop of area 0.3 to 1, no more
+    index (B,)  ->  Batch.views    (B, 1, 3, S, S), normalised: a crop of area 0.3 to 1 and
+                                   nothing else
                     Batch.actions  random blocks over the P patches, int64:
                                    (B, 1, P) ranks 1..N of the curriculum's regions, or
                                    (B, 5, P) 0 or 1: I-JEPA's context, then its four targets
@@ -325,7 +325,7 @@ class Crops(Views):
         self.grid = (side, side)
         self.recipe = Recipe(scale=(config.crop_scale, 1.0),
                              flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
-        self.multi_block = config.method in ("i-jepa", "c-jepa")
+        self.as_i_jepa = config.method in ("i-jepa", "c-jepa")
         self.N = config.region_count
         self.min_patches = config.min_patches
 
@@ -340,11 +340,11 @@ class Crops(Views):
 
     def random_blocks(self, B):
         """I-JEPA's context and targets (B, 5, P), or the curriculum's ranks (B, 1, P)."""
-        if not self.multi_block:
-            rank = random_regions(B, self.grid, self.N, self.min_patches, self.device)
-            return rank.flatten(1)[:, None]
-        context, targets = multi_block(B, self.grid, self.device, min_patches=self.min_patches)
-        return torch.cat([context[:, None], targets], dim=1).flatten(2).long()
+        if self.as_i_jepa:
+            context, targets = multi_block(B, self.grid, self.device, min_patches=self.min_patches)
+            return torch.cat([context[:, None], targets], dim=1).flatten(2).long()
+        rank = random_regions(B, self.grid, self.N, self.min_patches, self.device)
+        return rank.flatten(1)[:, None]
 
     def to_views(self, images, crop, flip):
         """uint8 (B, 3, S, S), crop (B, 4), flip (B,) -> crops (B, 3, S, S) float, normalised."""
