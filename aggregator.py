@@ -18,19 +18,23 @@ from torch import nn
 class Aggregator(nn.Module):
     """Transformer over (view, action) tokens.
 
-    dim: D, width of z.  action_dim: E, width of an action embedding; D+E must be a multiple of heads."""
+    dim: D, width of z.  action_dim: E, width of an action embedding.
+    D+E must be a multiple of heads."""
 
     def __init__(self, *, dim, action_dim, layers=3, heads=4, hidden=2048, dropout=0.1):
         super().__init__()
         self.dim = dim + action_dim
         self.agg = nn.Parameter(torch.zeros(self.dim))
-        layer = nn.TransformerEncoderLayer(self.dim, heads, hidden, dropout, norm_first=False, batch_first=True)
-        self.transformer = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(self.dim), enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(self.dim, heads, hidden, dropout, norm_first=False,
+                                           batch_first=True)
+        self.transformer = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(self.dim),
+                                                 enable_nested_tensor=False)
 
     def tokens(self, z, a):
         """The sequence of Eq. 3: (B, M, D), (B, M-1, E) -> (B, 1+M, D+E)."""
         B, M, D = z.shape
-        assert a.shape[:2] == (B, M - 1), f"{M} views need {M - 1} actions between them, got {a.shape[1]}"
+        assert a.shape[:2] == (B, M - 1), \
+            f"{M} views need {M - 1} actions between them, got {a.shape[1]}"
         no_action = a.new_zeros(B, 1, self.dim - D)
         pairs = torch.cat([z, torch.cat([a, no_action], dim=1)], dim=2)
         return torch.cat([self.agg.expand(B, 1, -1), pairs], dim=1)

@@ -1,11 +1,13 @@
-"""Encoders f_theta: a ResNet-18 that turns a view into a vector, a ViT that turns an image into tokens.
+"""Encoders f_theta: a ResNet-18 turns a view into a vector, a ViT turns an image into tokens.
 
-    ResNet18   x (B, 3, H, W), any H and W  ->  z (B, D),  D = 8 * width = 512      seq-JEPA Secs. 2.2, 4.2
-    ViT        x (B, 3, H, W)  ->  (B, C+P, D): C [CLS] tokens (1 or 0), P patches  DSeq-JEPA Sec. 3.1, 0.A.1.1
+    ResNet18   seq-JEPA Secs. 2.2, 4.2
+               x (B, 3, H, W), any H and W  ->  z (B, D),  D = 8 * width = 512
+    ViT        DSeq-JEPA Sec. 3.1, 0.A.1.1
+               x (B, 3, H, W)  ->  (B, C+P, D): C [CLS] tokens (1 or 0), P patches
                                or packed (T, D): only the tokens of a Layout (attention.py)
 
-No projector follows: z itself is what is predicted and probed. Parameters of the ResNet are named as in
-torchvision, so `encoder.pt` of a full-width run with the standard stem loads into
+No projector follows: z itself is what is predicted and probed. Parameters of the ResNet are named
+as in torchvision, so `encoder.pt` of a full-width run with the standard stem loads into
 `torchvision.models.resnet18` whose `fc` is an Identity; those of the ViT as in timm.
 
 Not in the paper's text but in the authors' code: the last BatchNorm of every residual branch starts
@@ -30,7 +32,8 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.downsample = None
         if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -71,12 +74,17 @@ class ResNet18(nn.Module):
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.norm(x.mean((2, 3)).float())       # fp32 from here on: z enters a cosine and a BatchNorm
+        z = x.mean((2, 3)).float()          # fp32 from here on: z enters a cosine and a BatchNorm
+        return self.norm(z)
 
 
 VITS = {            # D, blocks, heads;  nano is ours, for laptops
-    "vit-nano": (128, 6, 4), "vit-tiny": (192, 12, 3), "vit-small": (384, 12, 6), "vit-base": (768, 12, 12),
-    "vit-large": (1024, 24, 16), "vit-huge": (1280, 32, 16),
+    "vit-nano": (128, 6, 4),
+    "vit-tiny": (192, 12, 3),
+    "vit-small": (384, 12, 6),
+    "vit-base": (768, 12, 12),
+    "vit-large": (1024, 24, 16),
+    "vit-huge": (1280, 32, 16),
 }
 
 
@@ -101,17 +109,21 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def tokens(self, x, copies=1):
-        """What enters the first block: (B, copies + P, D), with as many [CLS] tokens as `copies` says."""
+        """What enters the first block: (B, copies + P, D), copies of [CLS] before the patches."""
         patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions
         if self.cls_token is None:
             return patches
-        return torch.cat([self.cls_token.expand(len(x), copies, -1).to(patches.dtype), patches], dim=1)
+        cls = self.cls_token.expand(len(x), copies, -1).to(patches.dtype)
+        return torch.cat([cls, patches], dim=1)
 
     def forward(self, x, layout=None, copies=1, keep=()):
-        """[*outputs of the blocks numbered `keep`, from 1 up and in order; output after the last LayerNorm], each (B, C+P, D).
+        """[*outputs of the blocks numbered `keep`, from 1 up and in order; output after the last
+        LayerNorm], each (B, C+P, D).
 
-        layout: use only its tokens, each seeing what the layout lets it see; outputs are then packed, (T, D)."""
-        x, outputs = self.tokens(x, copies), []
+        layout: use only its tokens, each seeing what the layout lets it see; outputs are then
+        packed, (T, D)."""
+        outputs = []
+        x = self.tokens(x, copies)
         if layout is not None:
             x = x.flatten(0, 1).index_select(0, layout.order)
         for number, block in enumerate(self.blocks, 1):
@@ -122,14 +134,21 @@ class ViT(nn.Module):
 
 
 def load_pretrained(vit, state):
-    """Fill `vit` from the state dict of a timm-style or I-JEPA-style ViT of the same shape, in place.
+    """Fill `vit`, in place, from the state dict of a timm-style or I-JEPA-style ViT of its shape.
 
-    Prefixes ("module.", "encoder.", ...) are dropped, as are heads. [CLS] may be missing from `state`.
-    Raises: KeyError if any other weight is missing, ValueError if its positions are not our fixed ones."""
-    ours, first = vit.state_dict(), "patch_embed.proj.weight"
+    Prefixes ("module.", "encoder.", ...) are dropped, as are heads. [CLS] may be missing.
+    Raises: KeyError if any other weight is missing, ValueError if its positions are not our fixed
+    ones."""
+    first = "patch_embed.proj.weight"
     prefix = next((k for k in state if k.endswith(first)), first).removesuffix(first)
     positions = state.get(prefix + "pos_embed")
-    if positions is not None and not torch.allclose(positions.reshape(-1, vit.dim)[-len(vit.positions):], vit.positions, atol=1e-4):
-        raise ValueError("the weights were trained with other positions than fixed 2-D sine-cosine ones of this grid")
-    found = {k: state[prefix + k].reshape(v.shape) for k, v in ours.items() if k != "cls_token" or prefix + k in state}
-    vit.load_state_dict({**ours, **found})
+    if positions is not None:
+        of_patches = positions.reshape(-1, vit.dim)[-len(vit.positions):]       # [CLS]'s come first
+        if not torch.allclose(of_patches, vit.positions, atol=1e-4):
+            raise ValueError("the weights were trained with other positions than fixed 2-D "
+                             "sine-cosine ones of this grid")
+    weights = {}
+    for name, ours in vit.state_dict().items():
+        missing_cls = name == "cls_token" and prefix + name not in state
+        weights[name] = ours if missing_cls else state[prefix + name].reshape(ours.shape)
+    vit.load_state_dict(weights)

@@ -8,15 +8,16 @@
     z_hat = h_psi(z_agg, a_M)                                           predictor.py
     loss  = 1 - cos(z_hat, sg(f_target(x_{M+1})))       averaged over the batch
 
-f_target is an exponential moving average of f_theta and never receives a gradient. It stays in train
-mode, as in the authors' code: its BatchNorms use the statistics of its own batch and keep their own
-buffers; only parameters are averaged.
+f_target is an exponential moving average of f_theta and never receives a gradient. It stays in
+train mode, as in the authors' code: its BatchNorms use the statistics of its own batch and keep
+their own buffers; only parameters are averaged.
 
-Differs from the paper: the action embedding is a linear map followed by BatchNorm without affine, as
-in the authors' code; unlike there, no "no action" rows enter its statistics.
+Differs from the paper: the action embedding is a linear map followed by BatchNorm without affine,
+as in the authors' code; unlike there, no "no action" rows enter its statistics.
 Checked in tests/test_jepa.py.
 """
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,22 +28,23 @@ from torch import nn
 class Output(NamedTuple):
     """What a method returns for a batch."""
     loss: torch.Tensor      # scalar
-    z: torch.Tensor         # (B, M, D) encoder outputs of the observed views; of a ViT, (B, P, D) patch tokens
+    z: torch.Tensor         # (B, M, D) of the observed views; of a ViT, (B, P, D) patch tokens
     z_agg: torch.Tensor     # (B, D+E); of a ViT, (B, D) their mean
-    logs: dict              # {name: scalar tensor} to average over an epoch and write to metrics.csv
+    logs: dict              # {name: scalar tensor}: averaged over an epoch, then in metrics.csv
 
 
 class ActionEmbedding(nn.Module):
     """actions (B, M, A) -> (B, M, E).  Only the columns that --condition names are read.
 
-    kind: "linear", learned (A.3); "raw", the numbers themselves, padded with zeros so that heads divide
-        the width; "noise", learned map of fresh random numbers (the last two: ablations of Table 4)."""
+    kind: "linear", learned (A.3); "raw", the numbers themselves, padded with zeros so that heads
+        divide the width; "noise", learned map of fresh random numbers (the last two: ablations of
+        Table 4)."""
 
     def __init__(self, columns, dim, kind="linear"):
         super().__init__()
         self.register_buffer("columns", torch.tensor(columns, dtype=torch.long), persistent=False)
         self.kind = kind
-        self.dim = -(-len(columns) // 4) * 4 if kind == "raw" else dim
+        self.dim = 4 * math.ceil(len(columns) / 4) if kind == "raw" else dim
         self.blind = not columns
         if not self.blind and kind != "raw":
             self.linear = nn.Linear(len(columns), dim, bias=False)
@@ -61,11 +63,14 @@ class ActionEmbedding(nn.Module):
 
 
 class SeqJEPA(nn.Module):
-    """The world model. Parts are injected; `action_in` says which of them see the actions (Table 4)."""
+    """The world model. Parts are injected; action_in: which of them see the actions (Table 4)."""
 
     def __init__(self, encoder, embed, aggregator, predictor, action_in="both"):
         super().__init__()
-        self.encoder, self.embed, self.aggregator, self.predictor = encoder, embed, aggregator, predictor
+        self.encoder = encoder
+        self.embed = embed
+        self.aggregator = aggregator
+        self.predictor = predictor
         self.in_aggregator = action_in in ("both", "aggregator")
         self.in_predictor = action_in in ("both", "predictor")
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
@@ -90,7 +95,8 @@ class SeqJEPA(nn.Module):
     def forward(self, batch):
         views, actions = batch.views, batch.actions
         B, V = views.shape[:2]
-        assert actions.shape[:2] == (B, V - 1), f"{V} views need {V - 1} actions, got {tuple(actions.shape[:2])}"
+        assert actions.shape[:2] == (B, V - 1), \
+            f"{V} views need {V - 1} actions, got {tuple(actions.shape[:2])}"
         z = self.encode(views[:, :-1])
         a = self.embed(actions)
         z_agg = self.aggregate(z, a[:, :-1])
@@ -102,7 +108,8 @@ class SeqJEPA(nn.Module):
     @torch.no_grad()
     def update_target(self, tau):
         """theta_target <- tau * theta_target + (1 - tau) * theta, in place."""
-        torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - tau)
+        target = list(self.target_encoder.parameters())
+        torch._foreach_lerp_(target, list(self.encoder.parameters()), 1 - tau)
 
 
 def prediction_loss(z_hat, z_next):

@@ -1,34 +1,37 @@
 """Regions on the patch grid (DSeq-JEPA Sec. 3.2): where to predict, and in what order.
 
-    [CLS] (B, D), patches (B, P, D)  ->  saliency (B, P) in [0, 1]                        Eq. 1, or Eq. 8
-    saliency (B, H, W), P = H * W    ->  rank (B, H, W) int64: which region a patch is in   Eqs. 2-4
+    [CLS] (B, D), patches (B, P, D)  ->  saliency (B, P) in [0, 1]: Eq. 1, or Eq. 8
+    saliency (B, H, W), P = H * W    ->  rank (B, H, W) int64, which region a patch is in: Eqs. 2-4
 
-Ranks 1, 2, ... are R_1, R_2, ... in order of prediction and N is R_N, the rest of the image. Every patch has one
-rank. An image with fewer than N - 1 discriminative regions lacks the ranks between: it has fewer steps, no other
-change. Rank 0 means no part in anything, and only order "truncated" gives it.
+Ranks 1, 2, ... are R_1, R_2, ... in order of prediction and N is R_N, the rest of the image. Every
+patch has one rank. An image with fewer than N - 1 discriminative regions lacks the ranks between:
+it has fewer steps, no other change. Rank 0 means no part in anything, and only order "truncated"
+gives it.
 
-Rule "otsu" is the paper's: one Otsu threshold, its 8-connected components of at least 10 patches, best mean saliency
-first. One threshold rarely yields N - 1 = 4 components, so rule "otsu-refill", ours, thresholds what was below the
-threshold again and again, and appends the components that come up.
+Rule "otsu" is the paper's: one Otsu threshold, its 8-connected components of at least 10 patches,
+best mean saliency first. One threshold rarely yields N - 1 = 4 components, so rule "otsu-refill",
+ours, thresholds what was below the threshold again and again, and appends the components that come
+up.
 
-Beside them, with the same shapes: random blocks for the curriculum, I-JEPA's masks, and the orders of Table 5.
+Beside them, with the same shapes: random blocks for the curriculum, I-JEPA's masks, and the orders
+of Table 5. Last, mode `regions` itself (0.A.1.2): one random resized crop of each image, and the
+step's random blocks.
 
-Last, mode `regions` itself (0.A.1.2): one random resized crop of each image, and the step's random blocks.
-
-    index (B,)  ->  Batch.views    (B, 1, 3, S, S), normalised: a crop of area 0.3 to 1 and nothing else
+    index (B,)  ->  Batch.views    (B, 1, 3, S, S), normalised: a crop of area 0.3 to 1 and
+                                   nothing else
                     Batch.actions  random blocks over the P patches, int64:
                                    (B, 1, P) ranks 1..N of the curriculum's regions, or
                                    (B, 5, P) 0 or 1: I-JEPA's context, then its four targets
-                    Batch.params   (B, 1) uniform in [0, 1): below the curriculum's probability, salient
-                                   regions are used
+                    Batch.params   (B, 1) uniform in [0, 1): below the curriculum's probability,
+                                   salient regions are used
 
-A step's randomness is drawn there, so that the model is a function of its batch (but for --order random).
-Images are cropped from the stored S x S ones, not from the files.
+A step's randomness is drawn there, so that the model is a function of its batch (but for --order
+random). Images are cropped from the stored S x S ones, not from the files.
 
-All is batched, of fixed shapes, and never waits for the device. Thresholds equal OpenCV's, components SciPy's. Differs
-from the authors' code, which drops regions under 30 patches and leaves an image whose regions run out without them.
-I-JEPA's code never places a block on the last row or column; here every place that fits is as likely.
-Checked in tests/test_regions.py.
+All is batched, of fixed shapes, and never waits for the device. Thresholds equal OpenCV's,
+components SciPy's. Differs from the authors' code, which drops regions under 30 patches and leaves
+an image whose regions run out without them. I-JEPA's code never places a block on the last row or
+column; here every place that fits is as likely. Checked in tests/test_regions.py.
 """
 import torch
 import torch.nn.functional as F
@@ -38,13 +41,15 @@ from images import Batch, Views
 
 RULES = ("otsu", "otsu-refill")
 ORDERS = ("discriminative", "random", "spatial", "truncated")
-LEVELS = 256                                      # OpenCV's Otsu sees uint8(255 x)
-ROUNDS = 8                                        # thresholds of rule "otsu-refill"; a fixed number keeps shapes fixed
-TOP = 3                                           # regions that order "truncated" keeps
-TARGETS = 4                                       # I-JEPA: target blocks per image
-TARGET_SCALE, TARGET_ASPECT = (0.15, 0.2), (0.75, 1.5)
-CONTEXT_SCALE, CONTEXT_ASPECT = (0.85, 1.0), (1.0, 1.0)
-TRIES = 32                                        # placements drawn at once, of which the best is used
+LEVELS = 256                    # OpenCV's Otsu sees uint8(255 x)
+ROUNDS = 8                      # thresholds of "otsu-refill"; a fixed number keeps shapes fixed
+TOP = 3                         # regions that order "truncated" keeps
+TARGETS = 4                     # I-JEPA: target blocks per image
+TARGET_SCALE = (0.15, 0.2)      # of the image's area
+TARGET_ASPECT = (0.75, 1.5)     # height / width
+CONTEXT_SCALE = (0.85, 1.0)
+CONTEXT_ASPECT = (1.0, 1.0)
+TRIES = 32                      # placements drawn at once, of which the best is used
 
 
 def _wide(device):
@@ -52,13 +57,17 @@ def _wide(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+# ---- Saliency: Eq. 1, or Eq. 8.
+
 def cls_similarity(cls, patches):
-    """Cosine similarity of the [CLS] token (B, D) and patch tokens (B, P, D).  ->  (B, P) float32"""
+    """Cosine similarity of [CLS] tokens (B, D) and patch tokens (B, P, D).  ->  (B, P) float32"""
     return F.cosine_similarity(cls.float()[:, None], patches.float(), dim=2)
 
 
 def grad_cam(tokens, gradients):
-    """Eq. 8, the label-free Grad-CAM proxy: tokens (B, P, D) and the loss's gradients there.  ->  (B, P) float32, >= 0"""
+    """Eq. 8, the label-free Grad-CAM proxy.  ->  (B, P) float32, >= 0
+
+    tokens (B, P, D), gradients (B, P, D) of the loss there."""
     weights = gradients.float().mean(1, keepdim=True)
     return (weights * tokens.float()).sum(2).relu()
 
@@ -70,57 +79,74 @@ def min_max(similarity):
     return (similarity - low) / torch.where(span > 0, span, 1)
 
 
-def otsu(level, candidate):
-    """Otsu's threshold (Eq. 2) over the candidates only.  level (B, P) int64 in 0..255, candidate (B, P) bool  ->  (B,) int64
+# ---- Discriminative regions: Eqs. 2-4.
 
-    Foreground is level > threshold, as in OpenCV. Candidates all alike, or none: 0.
+def otsu(level, candidate):
+    """Otsu's threshold (Eq. 2) over the candidates only.  ->  (B,) int64
+
+    level (B, P) int64 in 0..255, candidate (B, P) bool. Foreground is level > threshold, as in
+    OpenCV. Candidates all alike, or none: 0.
+
     With n patches of level sum S, and n1 and S1 up to a level, the variance between classes is
-    (n S1 - n1 S)^2 / (n1 n2), times a constant. Its parts are integers below 2^53 for n up to 1,200, so equal
-    variances compare equal, and of these the lowest level wins. (torch.argmax promises that too, but not on every device.)"""
+    (n S1 - n1 S)^2 / (n1 n2), times a constant. Its parts are integers below 2^53 for n up to
+    1,200, so equal variances compare equal, and of these the lowest level wins. (torch.argmax
+    promises that too, but not on every device.)"""
     bins = torch.arange(LEVELS, device=level.device)
-    histogram = torch.zeros(len(level), LEVELS, dtype=torch.int64, device=level.device).scatter_add_(1, level, candidate.long())
-    n1, S1 = histogram.cumsum(1), (histogram * bins).cumsum(1)
-    n, S = n1[:, -1:], S1[:, -1:]
-    variance = (n * S1 - n1 * S).to(_wide(level.device)).square() / (n1 * (n - n1)).clamp(min=1)
-    return torch.where(variance == variance.amax(1, keepdim=True), bins, LEVELS).amin(1)
+    histogram = torch.zeros(len(level), LEVELS, dtype=torch.int64, device=level.device)
+    histogram.scatter_add_(1, level, candidate.long())
+    n1 = histogram.cumsum(1)
+    S1 = (histogram * bins).cumsum(1)
+    n = n1[:, -1:]
+    S = S1[:, -1:]
+    between = (n * S1 - n1 * S).to(_wide(level.device)).square()
+    variance = between / (n1 * (n - n1)).clamp(min=1)
+    is_best = variance == variance.amax(1, keepdim=True)
+    return torch.where(is_best, bins, LEVELS).amin(1)
 
 
 def _neighbours(values, outside):
-    """The 8 neighbours of every patch.  values (B, H, W)  ->  (B, 8, H, W), `outside` beyond the border"""
+    """The 8 neighbours of every patch, `outside` beyond the border: (B, H, W)  ->  (B, 8, H, W)"""
     H, W = values.shape[1:]
     padded = F.pad(values, (1, 1, 1, 1), value=outside)
-    return torch.stack([padded[:, r:r + H, c:c + W] for r in range(3) for c in range(3) if (r, c) != (1, 1)], dim=1)
+    shifts = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)]       # (1, 1): itself
+    return torch.stack([padded[:, r:r + H, c:c + W] for r, c in shifts], dim=1)
 
 
 def components(group):
-    """8-connected components, numbered 1, 2, ... in raster order of their first patch; 0 is background.
+    """8-connected components, numbered 1, 2, ... in raster order of their first patch.
 
-    group (B, H, W): a bool mask, or integers of which only equal ones connect and 0 is background  ->  (B, H, W) int64
+    group (B, H, W): a bool mask, or integers of which only equal ones connect and 0 is background
+    ->  (B, H, W) int64, 0 = background
 
-    Boruvka's algorithm. Each patch starts as a tree. In a round every tree hooks onto the one of smallest name among
-    those of its group that it touches. Choosing the smallest allows no cycle but two trees choosing one another; of
-    these the smaller becomes the root. A tree that is not yet its whole component thereby at least doubles in size, so
-    floor(log2 P) rounds join everything. Round s starts with at most P / 2^s unfinished trees, so no chain of hooks is
-    longer and P.bit_length() - s doublings flatten it. (Repeated 3x3 dilation is simpler, but a spiral takes it P / 2 passes.)"""
+    Boruvka's algorithm. Each patch starts as a tree, named by its number. In a round every tree
+    hooks onto the one of smallest name among those of its group that it touches. Choosing the
+    smallest allows no cycle but two trees choosing one another; of these the smaller becomes the
+    root. A tree that is not yet its whole component thereby at least doubles in size, so
+    floor(log2 P) rounds join everything. Round s starts with at most P / 2^s unfinished trees, so
+    no chain of hooks is longer and P.bit_length() - s doublings flatten it. (Repeated 3x3 dilation
+    is simpler, but a spiral takes it P / 2 passes.)"""
     B, H, W = group.shape
     P = H * W
     group = group.long()
-    joined = ((_neighbours(group, 0) == group[:, None]) & (group[:, None] != 0)).flatten(2)
+    foreground = group != 0
+    joined = (_neighbours(group, 0) == group[:, None]) & foreground[:, None]
+    joined = joined.flatten(2)                                              # (B, 8, P)
     own = torch.arange(P, device=group.device).expand(B, P)
-    tree = own
+    tree = own                              # the name of each patch's tree
     for doublings in range(P.bit_length(), 1, -1):
         across = _neighbours(tree.view(B, H, W), P).flatten(2)
         nearest = torch.where(joined & (across != tree[:, None]), across, P)
-        for half in (4, 2, 1):                                                           # amin over int64 is slow on CPU
+        for half in (4, 2, 1):              # the smallest of 8: amin over int64 is slow on CPU
             nearest = torch.minimum(nearest[:, :half], nearest[:, half:])
         chosen = torch.full_like(tree, P).scatter_reduce(1, tree, nearest[:, 0], "amin")
         parent = torch.where(chosen < P, chosen, own)
-        parent = torch.where((parent.gather(1, parent) == own) & (own < parent), own, parent)
+        mutual = parent.gather(1, parent) == own
+        parent = torch.where(mutual & (own < parent), own, parent)
         for _ in range(doublings):
             parent = parent.gather(1, parent)
         tree = parent.gather(1, tree)
     first = torch.full_like(tree, P).scatter_reduce(1, tree, own, "amin").gather(1, tree)
-    foreground = group.flatten(1) != 0
+    foreground = foreground.flatten(1)
     number = ((first == own) & foreground).cumsum(1).gather(1, first)
     return torch.where(foreground, number, 0).view(B, H, W)
 
@@ -128,66 +154,85 @@ def components(group):
 def discriminative_regions(saliency, N, rule, min_patches=10):
     """Eqs. 2-4.  saliency (B, H, W) in [0, 1], rule one of RULES  ->  rank (B, H, W) int64 in 1..N
 
-    Regions that score alike keep raster order. NaN counts as 0: the training loop is the place to report it.
-    A patch of level 0 is above no threshold, so after min_max the rest is never empty.
+    Regions that score alike keep raster order. NaN counts as 0: the training loop is the place to
+    report it. A patch of level 0 is above no threshold, so after min_max the rest is never empty.
 
-    Thresholds do not depend on components, so all rounds' thresholds come first and cut the levels into bands.
-    Components of all bands are then found at once. A band scores above every later one, so one sort ranks them all."""
+    Thresholds do not depend on components, so all rounds' thresholds come first and cut the levels
+    into bands. Components of all bands are then found at once. A band scores above every later one,
+    so one sort ranks them all."""
     B, H, W = saliency.shape
     rounds = {"otsu": 1, "otsu-refill": ROUNDS}[rule]
     saliency = saliency.float().nan_to_num(0).flatten(1)
     level = (255 * saliency).clamp(0, LEVELS - 1).long()
-    threshold, band = torch.full_like(level[:, :1], LEVELS), torch.zeros_like(level)
+
+    threshold = torch.full_like(level[:, :1], LEVELS)
+    band = torch.zeros_like(level)                                          # Eq. 2; 0 = the rest
     for i in range(rounds):
         candidate = level <= threshold
         threshold = otsu(level, candidate)[:, None]
         band = torch.where(candidate & (level > threshold), i + 1, band)
-    label = components(band.view(B, H, W)).flatten(1)
-    # float32 numbers of level >= 1 add up exactly in float64, in whatever order a GPU adds them.
-    total = torch.zeros(B, H * W + 1, dtype=_wide(saliency.device), device=saliency.device)
-    size = torch.zeros_like(total).scatter_add_(1, label, torch.ones_like(saliency, dtype=total.dtype))
-    total.scatter_add_(1, label, saliency.to(total.dtype))
+
+    # Eq. 3: float32 numbers of level >= 1 add up exactly in float64, in whatever order a GPU does.
+    label = components(band.view(B, H, W)).flatten(1)                       # 0 = the rest
+    saliency = saliency.to(_wide(saliency.device))
+    size = saliency.new_zeros(B, H * W + 1).scatter_add(1, label, torch.ones_like(saliency))
+    total = saliency.new_zeros(B, H * W + 1).scatter_add(1, label, saliency)
     score = torch.where(size >= min_patches, total / size.clamp(min=1), -1)
     score[:, 0] = -1
-    best = score.argsort(dim=1, descending=True, stable=True)[:, :N - 1]
-    rank = torch.where(score.gather(1, best) > 0, torch.arange(1, N, device=best.device), N)
-    return torch.full_like(size, N, dtype=torch.int64).scatter(1, best, rank).gather(1, label).view(B, H, W)
 
+    # Eq. 4: the labels of the N - 1 best become ranks, all others R_N.
+    best = score.argsort(dim=1, descending=True, stable=True)[:, :N - 1]
+    is_region = score.gather(1, best) > 0
+    rank = torch.where(is_region, torch.arange(1, N, device=best.device), N)
+    rank_of_label = torch.full_like(size, N, dtype=torch.int64).scatter(1, best, rank)
+    return rank_of_label.gather(1, label).view(B, H, W)
+
+
+# ---- Random blocks: the curriculum's, and I-JEPA's masks.
 
 def _block_size(u, scale, aspect, grid):
-    """I-JEPA's block sizes: one uniform number u sets both area and aspect.  ->  height, width, int64, shaped as u"""
+    """I-JEPA's block sizes: one uniform number u sets both area and aspect.
+
+    ->  height, width, int64, shaped as u"""
     H, W = grid
     u = u.to(_wide(u.device))
     area = (H * W * (scale[0] + u * (scale[1] - scale[0]))).floor()
     ratio = aspect[0] + u * (aspect[1] - aspect[0])
-    return ((area * ratio).sqrt().round().clamp(1, max(H - 1, 1)).long(),
-            (area / ratio).sqrt().round().clamp(1, max(W - 1, 1)).long())
+    height = (area * ratio).sqrt().round().clamp(1, max(H - 1, 1))
+    width = (area / ratio).sqrt().round().clamp(1, max(W - 1, 1))
+    return height.long(), width.long()
 
 
 def _place(height, width, shape, grid, generator):
     """Blocks at uniform places.  height, width: broadcast to `shape`  ->  (*shape, H, W) bool"""
     H, W = grid
     u, v = torch.rand(2, *shape, device=height.device, generator=generator)
-    top, left = (u * (H - height + 1)).long()[..., None], (v * (W - width + 1)).long()[..., None]
-    rows, columns = torch.arange(H, device=top.device), torch.arange(W, device=top.device)
+    top = (u * (H - height + 1)).long()[..., None]
+    left = (v * (W - width + 1)).long()[..., None]
+    rows = torch.arange(H, device=top.device)
+    columns = torch.arange(W, device=top.device)
     in_rows = (rows >= top) & (rows < top + height[..., None])
     in_columns = (columns >= left) & (columns < left + width[..., None])
     return in_rows[..., :, None] & in_columns[..., None, :]
 
 
 def random_regions(B, grid, N, min_patches=10, device=None, generator=None):
-    """For the curriculum: N - 1 disjoint random blocks in random order, then the rest.  ->  rank (B, H, W) int64
+    """For the curriculum: N - 1 disjoint random blocks in random order, then the rest.
 
-    Each block takes the first of TRIES places that is free, else the place that is least taken, and there only what is
-    free; what is then under min_patches goes to the rest."""
-    height, width = _block_size(torch.rand(B, N - 1, 1, device=device, generator=generator), TARGET_SCALE, TARGET_ASPECT, grid)
+    Each block takes the first of TRIES places that is free, else the place that is least taken, and
+    there only what is free; what is then under min_patches goes to the rest.
+    ->  rank (B, H, W) int64"""
+    u = torch.rand(B, N - 1, 1, device=device, generator=generator)
+    height, width = _block_size(u, TARGET_SCALE, TARGET_ASPECT, grid)
     blocks = _place(height, width, (B, N - 1, TRIES), grid, generator)
-    image, attempt = torch.arange(B, device=device), torch.arange(TRIES, device=device)
+    image = torch.arange(B, device=device)
+    attempt = torch.arange(TRIES, device=device)
     rank = torch.full((B, *grid), N, device=device)
     for k in range(N - 1):
         free = rank == N
-        overlap = (blocks[:, k] & ~free[:, None]).flatten(2).sum(2)
-        block = blocks[image, k, (overlap * TRIES + attempt).argmin(1)] & free           # no ties: the earliest is least
+        taken = (blocks[:, k] & ~free[:, None]).flatten(2).sum(2)           # (B, TRIES): patches
+        best = (taken * TRIES + attempt).argmin(1)                          # of equals the earliest
+        block = blocks[image, k, best] & free
         enough = block.flatten(1).sum(1) >= min_patches
         rank = torch.where(block & enough[:, None, None], k + 1, rank)
     return reorder(rank, N, "random", generator)
@@ -196,52 +241,75 @@ def random_regions(B, grid, N, min_patches=10, device=None, generator=None):
 def multi_block(B, grid, device=None, generator=None, min_patches=10):
     """I-JEPA's masks.  ->  context (B, H, W) bool, targets (B, 4, H, W) bool
 
-    One size for all target blocks and one for all context blocks of the batch. Targets may overlap one another; the
-    context never overlaps them. Of TRIES draws an image gets the first whose context has min_patches, else the one with
-    most. I-JEPA's code then cuts all contexts to the batch's smallest, so that they stack; packed tokens need not."""
+    One size for all target blocks and one for all context blocks of the batch. Targets may overlap
+    one another; the context never overlaps them. Of TRIES draws an image gets the first whose
+    context has min_patches, else the one with most. I-JEPA's code then cuts all contexts to the
+    batch's smallest, so that they stack; packed tokens need not."""
     u = torch.rand(2, device=device, generator=generator)
-    targets = _place(*_block_size(u[0], TARGET_SCALE, TARGET_ASPECT, grid), (B, TRIES, TARGETS), grid, generator)
-    context = _place(*_block_size(u[1], CONTEXT_SCALE, CONTEXT_ASPECT, grid), (B, TRIES), grid, generator) & ~targets.any(2)
-    image, attempt = torch.arange(B, device=device), torch.arange(TRIES, device=device)
-    patches = context.flatten(2).sum(2).clamp(max=min_patches)
-    best = (patches * TRIES - attempt).argmax(1)                                         # no ties: the earliest is most
-    targets, context = targets[image, best], context[image, best]
-    none = ~context.flatten(1).any(1)
-    return torch.where(none[:, None, None], ~targets.any(1), context), targets
+    height, width = _block_size(u[0], TARGET_SCALE, TARGET_ASPECT, grid)
+    targets = _place(height, width, (B, TRIES, TARGETS), grid, generator)
+    height, width = _block_size(u[1], CONTEXT_SCALE, CONTEXT_ASPECT, grid)
+    context = _place(height, width, (B, TRIES), grid, generator) & ~targets.any(2)
 
+    image = torch.arange(B, device=device)
+    attempt = torch.arange(TRIES, device=device)
+    patches = context.flatten(2).sum(2).clamp(max=min_patches)
+    best = (patches * TRIES - attempt).argmax(1)                            # of equals the earliest
+    targets = targets[image, best]
+    context = context[image, best]
+    empty = ~context.flatten(1).any(1)
+    context = torch.where(empty[:, None, None], ~targets.any(1), context)   # any patch that is free
+    return context, targets
+
+
+# ---- Orders: Table 5.
 
 def _is_rank(rank, N):
     """rank (B, H, W)  ->  (B, N, P) bool: patch p is in R_1, ..., R_N"""
     return rank.flatten(1)[:, None] == torch.arange(1, N + 1, device=rank.device)[:, None]
 
 
-def reorder(rank, N, order, generator=None):
-    """The orders of Table 5 for the same regions; order is one of ORDERS.  rank (B, H, W)  ->  rank (B, H, W)
+def _centre(inside, at):
+    """Mean of the coordinate `at` (P,) over each region inside (B, N, P), halves up.  ->  (B, N)"""
+    size = inside.sum(2).clamp(min=1)
+    return (2 * (inside * at).sum(2) + size) // (2 * size)
 
-    discriminative  as they are
-    random          R_1 ... R_{N-1} permuted, per image; the rest stays last
-    spatial         sorted by the patch that holds a region's centre, in row-major order; the rest stays last
-    truncated       the first three that exist, the rest being one of them or not; later ones get rank 0: nothing predicts or sees them
+
+def reorder(rank, N, order, generator=None):
+    """The orders of Table 5 for the same regions.  rank (B, H, W)  ->  rank (B, H, W)
+
+    order, one of ORDERS:
+        discriminative  as they are
+        random          R_1 ... R_{N-1} permuted, per image; the rest stays last
+        spatial         sorted by the patch that holds a region's centre, in row-major order; the
+                        rest stays last
+        truncated       the first three that exist, the rest being one of them or not; later ones
+                        get rank 0: nothing predicts or sees them
 
     After "random" and "spatial" the regions that exist have the lowest ranks."""
     if order == "discriminative":
         return rank
     if order == "truncated":
-        kept = _is_rank(rank, N).any(2).cumsum(1) <= TOP                                 # (B, N)
-        return torch.where(kept.gather(1, rank.flatten(1) - 1).view_as(rank), rank, 0)
+        exists = _is_rank(rank, N).any(2)                                   # (B, N)
+        kept = exists.cumsum(1) <= TOP
+        kept = kept.gather(1, rank.flatten(1) - 1).view_as(rank)            # (B, H, W)
+        return torch.where(kept, rank, 0)
     H, W = rank.shape[1:]
-    inside = _is_rank(rank, N)[:, :-1]
-    size = inside.sum(2)
+    inside = _is_rank(rank, N)[:, :-1]                                      # (B, N - 1, P)
+    exists = inside.any(2)
     if order == "random":
-        key = torch.rand(size.shape, device=rank.device, generator=generator)
+        key = torch.rand(exists.shape, device=rank.device, generator=generator)
     else:
-        patch, patches = torch.arange(H * W, device=rank.device), size.clamp(min=1)
-        row, column = ((2 * (inside * at).sum(2) + patches) // (2 * patches) for at in (patch // W, patch % W))
-        key = row * W + column
-    position = torch.where(size > 0, key, H * W).argsort(dim=1, stable=True).argsort(dim=1)
-    kept = rank.new_zeros(len(rank), 1)
-    return torch.cat([kept, position + 1, kept + N], dim=1).gather(1, rank.flatten(1)).view_as(rank)
+        patch = torch.arange(H * W, device=rank.device)
+        key = _centre(inside, patch // W) * W + _centre(inside, patch % W)
+    sequence = torch.where(exists, key, H * W).argsort(dim=1, stable=True)  # who comes when
+    new = sequence.argsort(dim=1) + 1                                       # when each one comes
+    zero = rank.new_zeros(len(rank), 1)
+    new = torch.cat([zero, new, zero + N], dim=1)                           # 0 and N are kept
+    return new.gather(1, rank.flatten(1)).view_as(rank)
 
+
+# ---- The mode.
 
 class Crops(Views):
     """Mode `regions`: sample indices -> Batch of one crop each, with random blocks.
@@ -255,8 +323,9 @@ class Crops(Views):
         super().__init__(split, config, device)
         side = config.image_size // config.patch_size
         self.grid = (side, side)
-        self.recipe = Recipe(scale=(config.crop_scale, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
-        self.multi_block = config.method in ("i-jepa", "c-jepa")
+        self.recipe = Recipe(scale=(config.crop_scale, 1.0),
+                             flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
+        self.as_i_jepa = config.method in ("i-jepa", "c-jepa")
         self.N = config.region_count
         self.min_patches = config.min_patches
 
@@ -271,14 +340,14 @@ class Crops(Views):
 
     def random_blocks(self, B):
         """I-JEPA's context and targets (B, 5, P), or the curriculum's ranks (B, 1, P)."""
-        if not self.multi_block:
-            rank = random_regions(B, self.grid, self.N, min_patches=self.min_patches, device=self.device)
-            return rank.flatten(1)[:, None]
-        context, targets = multi_block(B, self.grid, device=self.device, min_patches=self.min_patches)
-        return torch.cat([context[:, None], targets], dim=1).flatten(2).long()
+        if self.as_i_jepa:
+            context, targets = multi_block(B, self.grid, self.device, min_patches=self.min_patches)
+            return torch.cat([context[:, None], targets], dim=1).flatten(2).long()
+        rank = random_regions(B, self.grid, self.N, self.min_patches, self.device)
+        return rank.flatten(1)[:, None]
 
     def to_views(self, images, crop, flip):
-        """uint8 images (B, 3, S, S), crop (B, 4), flip (B,) -> crops (B, 3, S, S) float, normalised."""
-        with torch.autocast(self.device.type, enabled=False):       # pixels need more than bfloat16's 8 bits
+        """uint8 (B, 3, S, S), crop (B, 4), flip (B,) -> crops (B, 3, S, S) float, normalised."""
+        with torch.autocast(self.device.type, enabled=False):   # bf16 has too few bits for pixels
             crops = resized_crop_flip(images.float().div_(255), crop, flip, self.image_size)
         return crops.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))

@@ -3,7 +3,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention import Attention, TransformerBlock, arrange, sincos_positions, sizes, unpack
+from attention import (
+    Attention,
+    TransformerBlock,
+    arrange,
+    indices_where,
+    sincos_positions,
+    sizes,
+    unpack,
+)
 
 RANK = torch.tensor([[1, 0, 2, 1, 3], [0, 0, 0, 0, 0], [0, 2, 0, 2, 0]])      # the second image has no token at all
 
@@ -15,6 +23,20 @@ def layout_of(rank, group=None):
 
 def test_sizes_are_totals_and_longest_rows_rounded_up():
     assert sizes(RANK > 0, torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)) == [(6, 8), (0, 8), (6, 8)]
+
+
+def test_indices_where_is_nonzero():
+    flags = torch.rand(7, 9) < 0.4
+    assert torch.equal(indices_where(flags, int(flags.sum())), flags.flatten().nonzero()[:, 0])
+    assert indices_where(torch.zeros(2, 3, dtype=torch.bool), 0).shape == (0,)
+
+
+def test_the_example_that_arrange_draws():
+    layout = layout_of(torch.tensor([[1, 0, 2, 1, 3], [0, 2, 0, 2, 0]]))
+    assert layout.order.tolist() == [0, 2, 3, 4, 6, 8]
+    assert layout.slot.tolist() == [0, 1, 2, 3, 8, 9]
+    drawn = ["x.x.", "xxx.", "x.x.", "xxxx"]
+    assert layout.mask[0, 0, :4, :4].tolist() == [[c == "x" for c in row] for row in drawn]
 
 
 def test_order_and_slot_by_hand():

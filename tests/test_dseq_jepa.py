@@ -6,8 +6,16 @@ import torch
 import torch.nn.functional as F
 
 import dseq_jepa
+from attention import arrange, sizes
 from build import build_model, build_views
-from dseq_jepa import Plan, flat, sequential, vicreg_terms
+from dseq_jepa import (
+    Plan,
+    encoder_places,
+    flat,
+    predictor_places,
+    sequential,
+    vicreg_terms,
+)
 from images import Batch
 
 B, SIDE, PATCH, N = 3, 48, 8, 4             # 6 x 6 patches
@@ -46,6 +54,42 @@ def test_flat_by_hand():
     plan = flat(torch.tensor([[1, 2, 3, 4, 4], [1, 2, 3, 1, 2]]), 4)
     assert plan.context.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
     assert plan.target[:, 0].tolist() == [[1, 2, 3, 0, 0], [0, 0, 0, 0, 0]]          # without a rest there is nothing to predict from
+
+
+# ---------------------------------------------------------------- the places, as dseq_jepa.py draws them
+
+EXAMPLE = torch.tensor([[1, 1, 2, 3, 3, 3]])
+
+
+def test_the_plans_that_are_drawn():
+    one, other = sequential(EXAMPLE, 3), flat(EXAMPLE, 3)
+    assert one.context.tolist() == [[1, 1, 2, 0, 0, 0]]
+    assert one.target.tolist() == [[[0, 0, 1, 2, 2, 2]]]
+    assert other.context.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert other.target.tolist() == [[[1, 1, 2, 0, 0, 0]]]
+
+
+def test_the_places_that_are_drawn_and_who_sees_whom():
+    plan = sequential(EXAMPLE, 3)
+    seen = encoder_places(plan.context, 2)
+    assert seen.tolist() == [[1, 2, 1, 1, 2, 0, 0, 0]]
+    rank, group = predictor_places(seen, plan.target, region_causal=True)
+    assert rank.tolist() == [[1, 2, 1, 1, 2, 0, 0, 0, 0, 0, 1, 2, 2, 2]]
+    assert group.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 2]]
+    layout = arrange(rank, group, sizes(rank > 0)[0])
+    sees = {int(p): layout.order[row[:9]].tolist() for p, row in zip(layout.order, layout.mask[0, 0])}
+    assert sees == {0: [0, 2, 3], 1: [0, 1, 2, 3, 4], 2: [0, 2, 3], 3: [0, 2, 3], 4: [0, 1, 2, 3, 4],
+                    10: [0, 2, 3, 10]} | {p: [0, 1, 2, 3, 4, 11, 12, 13] for p in (11, 12, 13)}
+
+
+def test_places_of_several_predictions_without_groups():
+    context, target = torch.tensor([[1, 0, 0], [0, 0, 1]]), torch.tensor([[[0, 1, 0], [0, 0, 1]]] * 2)
+    seen = encoder_places(context, 1)
+    assert encoder_places(context * 2, 2).tolist() == [[0, 2, 2, 0, 0], [0, 2, 0, 0, 2]]     # no copy for step 1
+    rank, group = predictor_places(seen, target, region_causal=False)
+    assert rank.tolist() == [[1, 1, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0, 1],
+                             [1, 0, 0, 1, 0, 1, 0], [1, 0, 0, 1, 0, 0, 1]]
+    assert not group.any()
 
 
 # ---------------------------------------------------------------- who sees whom

@@ -140,7 +140,7 @@ def test_images_without_context_or_target_give_no_nan(name, absent, build):
         made.target[:BATCH // 2] *= absent == "context"
         return made
 
-    cut.__dict__.update(vars(plan), apart=plan.apart, steps=plan.steps, copies=plan.copies, proxy=plan.proxy)
+    cut.__dict__.update(vars(plan), region_causal=plan.region_causal, steps=plan.steps, proxy=plan.proxy)
     model.plan = cut
     assert finite(model, draw(views, config, STEPS))
 
