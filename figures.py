@@ -103,7 +103,7 @@ def draw_scanpaths(views, config, path, count=6):
     fixations, patches = views.scanpaths(index, M + 1)
     patches = to_pixels(patches, views)
 
-    figure, axes = plt.subplots(count, M + 3, figsize=(1.5 * (M + 3), 1.55 * count),
+    figure, axes = plt.subplots(count, M + 3, figsize=(max(7, 1.5 * (M + 3)), 1.55 * count),
                                 layout="constrained", squeeze=False)
     for row in range(count):
         image_axis, saliency_axis, *patch_axes = axes[row]
@@ -142,7 +142,7 @@ def draw_sequences(views, config, path, count=3):
     batch = views(index, M)
     pixels = to_pixels(batch.views, views)
 
-    figure, axes = plt.subplots(count, M + 1, figsize=(2.6 * (M + 1), 2.9 * count),
+    figure, axes = plt.subplots(count, M + 1, figsize=(max(7, 2.6 * (M + 1)), 2.9 * count),
                                 layout="constrained", squeeze=False)
     for row in range(count):
         for axis, view in zip(axes[row], pixels[row]):
@@ -294,7 +294,7 @@ def draw_lengths(rows, config, path):
     agg = by_length(rows, "classify")
     lengths = [M for M, _ in agg]
 
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
     for key, name, colour in (("value", "trained", BLUE), ("untrained", "untrained", ORANGE)):
         values = [r[key] for _, r in agg]
         axis.plot(lengths, values, color=colour, marker="o", label=f"z_agg, {name}")
@@ -303,7 +303,7 @@ def draw_lengths(rows, config, path):
     axis.set(xlabel="observed views M_val", ylabel="top-1, %", xticks=lengths,
              title=f"Accuracy and number of views, M_tr = {config.views} (as Fig. 8)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    _legend_below(figure, axis)
     return save(figure, path)
 
 
@@ -311,7 +311,7 @@ def draw_path(rows, path):
     """Path integration against sequence length (Fig. 7): all inputs, no actions, no views."""
     path_rows = by_length(rows, "path")
 
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
     for ending, words, colour in (("", "views and actions", RED),
                                   (", no actions", "actions set to zero", BLUE),
                                   (", no views", "views set to zero", GREEN)):
@@ -327,8 +327,14 @@ def draw_path(rows, path):
     axis.set(xlabel="observed views M_val", ylabel="R\u00b2 of the action from view 1 to M+1",
              xticks=sorted({M for M, _ in path_rows}), title="Path integration (as Fig. 7)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    _legend_below(figure, axis)
     return save(figure, path)
+
+
+def _legend_below(figure, axis):
+    """Names of the axis' lines under everything else, where they hide no line."""
+    lines, names = axis.get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=8, loc="outside lower center", ncols=2)
 
 
 def by_length(rows, probe):
@@ -373,8 +379,8 @@ def draw_heatmap(files, path):
     for M_tr in trained:
         table.append([top1.get((M_tr, M_val), math.nan) for M_val in probed])
 
-    figure, axis = plt.subplots(figsize=(1.5 + 0.9 * len(probed), 1.3 + 0.7 * len(trained)),
-                                layout="constrained")
+    width = max(3.5, 1.5 + 0.9 * len(probed))           # room for the title
+    figure, axis = plt.subplots(figsize=(width, 1.3 + 0.7 * len(trained)), layout="constrained")
     axis.imshow(table, cmap="viridis")
     for y, values in enumerate(table):
         for x, value in enumerate(values):
@@ -404,7 +410,8 @@ def draw_sweep(files, path):
             top1[setting, f"M_val {M_val}"][c["views"]].append(row["value"])
     settings = sorted({setting for setting, _ in [*scores, *top1]})
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    height = 3.6 + 0.18 * max(len(scores), len(top1))      # a row of the legend for every line
+    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained")
     _plot_means(axes[0], scores, several_settings=len(settings) > 1)
     _plot_means(axes[1], top1, several_settings=len(settings) > 1)
 
@@ -429,14 +436,15 @@ def _plot_means(axis, lines, several_settings):
     axis.set(xlabel="observed views in training, M_tr", xticks=sorted(lengths))
     axis.grid(alpha=0.3)
     if lines:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5)
 
 
 def draw_transfer(files, path):
     """Top-1 on another data set's classes (Fig. 15) against M_val, and against what it costs (B.6).
 
     files: one probes-transfer-*.json a line."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    height = 3.6 + 0.18 * len(files)
+    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained", sharey=True)
     for i, result in enumerate(map(_read, files)):
         colour = CYCLE[i % len(CYCLE)]
         measured = by_length(result["rows"], "transfer")
@@ -455,7 +463,7 @@ def draw_transfer(files, path):
     axes[1].set(xlabel="multiply-adds an image, billions")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+    _legend_below(figure, axes[0])
     figure.suptitle(f"Transfer to {result['dataset']} (as Fig. 15)", fontsize=11)
     return save(figure, path)
 

@@ -60,7 +60,7 @@ def draw_regions(model, views, config, path, count=6):
 
     region_style = {k: (str(k), CYCLE[k - 1]) for k in range(1, N)}
     region_style[N] = ("rest", REST)
-    block_style = {1: ("context", BLUE)}
+    block_style = {1: ("c", BLUE)}
     block_style |= {k: (str(k - 1), CYCLE[k - 1]) for k in range(2, 6)}
     figure, axes = plt.subplots(count, 6, figsize=(12.5, 2.05 * count),
                                 layout="constrained", squeeze=False)
@@ -74,7 +74,8 @@ def draw_regions(model, views, config, path, count=6):
 
     bare(axes)
     title_columns(axes, ["image", f"saliency, block {model.block}", "above Otsu's threshold",
-                         "regions, one threshold", "regions, refilled", "I-JEPA: context, targets"])
+                         "regions, one threshold", "regions, refilled",
+                         "I-JEPA: context c, targets"])
     figure.suptitle("Discriminative regions in order, 1 first (as Figs. 3 and 6): "
                     f"{config.method}, {config.encoder}, N = {N}", fontsize=11)
     return save(figure, path)
@@ -131,7 +132,7 @@ def draw_steps(model, views, config, path):
     bars = axis.bar(names, losses.tolist(), color=BLUE)
     axis.bar_label(bars, [f"{n:,}" for n in images.tolist()], fontsize=8)
 
-    axis.set(xlabel="predicted region (number of images that have it above)",
+    axis.set(xlabel="predicted region; above it, how many images have it",
              ylabel="smooth-L1 loss", ylim=(0, max(1e-6, 1.15 * losses.max().item())),
              title=f"Prediction loss per step, {config.regions} (as Fig. 4)")
     return save(figure, path)
