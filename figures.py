@@ -289,7 +289,7 @@ def _pca(x):
 # ---------------------------------------------------------------- measured rows
 
 def draw_lengths(rows, config, path):
-    """Accuracy on z_agg against the number of observed views (Fig. 8, right), and untrained."""
+    """Accuracy on z_agg against observed views (Fig. 8, right), trained and untrained."""
     z = next(r for r in rows if r["probe"] == "classify" and r["from"] == "z")
     agg = by_length(rows, "classify")
     lengths = [M for M, _ in agg]
@@ -353,7 +353,7 @@ def draw_all(model, views, config, rows, run_dir, draw_views=draw_sequences):
     """Every figure that the measured rows allow; yields the paths.
 
     rows: what evaluate.py measured. draw_views: draws views.png, as draw_sequences does."""
-    if config.mode == "saccade":
+    if config.mode == "saccade":                        # until evaluate.py says so
         draw_views = draw_scanpaths
     yield draw_views(views, config, run_dir / "views.png")
     gallery = make_gallery(model, views, config)
