@@ -20,10 +20,7 @@ td.n {text-align: right; font-variant-numeric: tabular-nums}
 img {max-width: 100%}
 details {margin: 1em 0}
 """
-# Keys of a row of probes.json -> heads of the table's columns
-COLUMNS = {"probe": "probe", "predicts": "predicts", "from": "from", "head": "head",
-           "epochs": "epochs", "unit": "unit", "value": "trained", "untrained": "untrained",
-           "paper": "paper"}
+COLUMNS = ("probe", "predicts", "from", "head", "epochs", "unit", "value", "untrained", "paper")
 FIRST = ("views.png", "curves.png")             # what a reader wants first; the rest by name
 
 
@@ -31,12 +28,14 @@ def write_report(run_dir, result):
     """Write run_dir/report.html and return its path.  result: the content of probes.json."""
     config = json.loads((run_dir / "config.json").read_text())
     name = escape(config["name"])
-    told = f", condition {config['condition']}, M = {config['views']}"
+    told = ""
+    if config["mode"] != "regions":
+        told = f", condition {config['condition']}, M = {config['views']}"
     page = [
         f"<!doctype html><meta charset='utf-8'><title>{name}</title><style>{STYLE}</style>",
         f"<h1>{name}</h1>",
         f"<p>{escape(config['method'])} on {escape(config['dataset'])}, "
-        f"mode {escape(config['mode'])}{'' if config['mode'] == 'regions' else escape(told)}; "
+        f"mode {escape(config['mode'])}{escape(told)}; "
         f"{result['step']:,} steps, batch {config['batch_size']}.</p>",
         "<h2>Probes</h2>",
         _table(result["rows"]),
@@ -63,7 +62,8 @@ def _pictures(run_dir):
 
 
 def _table(rows):
-    lines = ["".join(f"<th>{head}</th>" for head in COLUMNS.values())]
+    heads = ["trained" if key == "value" else key for key in COLUMNS]
+    lines = ["".join(f"<th>{head}</th>" for head in heads)]
     for row in rows:
         digits = 1 if row["unit"] == "top-1 %" else 3
         lines.append("".join(_cell(row[key], digits) for key in COLUMNS))
