@@ -1,22 +1,27 @@
-"""Figures, each drawn from a run's own files and features and titled with what it shows and the figure it redraws.
+"""Figures of a run, each titled with what it shows and which figure of seq-JEPA it redraws.
 
-    draw_curves(run_dir)                        curves.png         training: loss, learning rate, health of the features
-    draw_all(model, views, config, rows, dir)   views.png          what the model sees and is told (Fig. 3)
-                                                retrieval.png      nearest neighbours of a view (Fig. 4)
-                                                maps.png           2-D maps of z and z_agg (Figs. 5, 6, 13, 14)
-                                                lengths.png        accuracy against M_val (Fig. 8, right)
-                                                path.png           path integration (Fig. 7)
+    draw_curves(run_dir)    curves.png      training: loss, learning rate, health of the features
+    draw_all(model, views, config, rows, run_dir)
+                            views.png       what the model sees and is told (Fig. 3)
+                            retrieval.png   nearest neighbours of a view (Fig. 4)
+                            maps.png        2-D maps of z and z_agg (Figs. 5, 6, 13, 14)
+                            lengths.png     accuracy against M_val (Fig. 8, right)
+                            path.png        path integration (Fig. 7)
 
 From the JSON that evaluate.py wrote for several runs:
 
-    draw_heatmap(files, path)                   top-1 for every M_tr and M_val (Figs. 9-12)
-    draw_sweep(files, path)                     R^2 and top-1 against M_tr (Fig. 8, left and middle)
-    draw_transfer(files, path)                  transfer: top-1 against M_val and against its cost (Fig. 15)
+    draw_heatmap(files, path)       top-1 for every M_tr and M_val (Figs. 9-12)
+    draw_sweep(files, path)         R^2 and top-1 against M_tr (Fig. 8, left and middle)
+    draw_transfer(files, path)      transfer: top-1 against M_val and against its cost (Fig. 15)
 
+Every function reads the same way: get the numbers, draw, label, save.
 Colours are Okabe & Ito's and viridis, which colour-blind readers can tell apart.
+Checked in tests/test_figures.py.
 """
 import json
+import math
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +29,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -32,103 +36,138 @@ from plumbing import runs
 from plumbing.device import seed_all
 from plumbing.files import save_atomically
 
-BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+RED = "#D55E00"
+PINK = "#CC79A7"
+SKY = "#56B4E9"
+YELLOW = "#F0E442"
+BLACK = "#000000"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK)
-GALLERY = 1500                  # validation samples that a figure of features shows at most
-FEW = 100                       # with fewer points than this there are no neighbourhoods for UMAP to keep
+
+GALLERY = 1500      # validation samples that a figure of features shows at most
+FEW = 100           # with fewer points than this there are no neighbourhoods for UMAP to keep
+
+# Panels of curves.png: title -> columns of metrics.csv. A run shows the columns that it measured.
+PANELS = {
+    "prediction loss": ["loss"],
+    "learning rate": ["lr"],
+    "spread of features (1 healthy, 0 collapsed)": ["z_std", "z_agg_std"],
+    "effective rank of features (RankMe)": ["z_rank", "z_agg_rank"],
+    "regions predicted per image": ["steps"],
+    "online k-NN top-1, % (not the protocol)": ["knn_z", "knn_z_agg", "knn_patches", "knn_cls"],
+    "online R\u00b2 of the action (not the protocol)": ["action_r2"],
+}
 
 
 def draw_curves(run_dir):
     """Training curves from metrics.csv -> curves.png."""
-    rows = runs.read_metrics(run_dir / "metrics.csv")
-    panels = [("prediction loss", {"loss": BLUE}), ("learning rate", {"lr": BLUE}),
-              ("spread of features (1 healthy, 0 collapsed)", {"z_std": BLUE, "z_agg_std": ORANGE}),
-              ("effective rank of features (RankMe)", {"z_rank": BLUE, "z_agg_rank": ORANGE}),
-              ("regions predicted per image", {"steps": BLUE}),
-              ("online k-NN top-1, % (not the protocol)", {"knn_z": BLUE, "knn_z_agg": ORANGE, "knn_patches": BLUE, "knn_cls": ORANGE}),
-              ("online R\u00b2 of the action (not the protocol)", {"action_r2": BLUE})]
-    measured = {name for r in rows for name, value in r.items() if value == value}          # NaN where no online probe was due
-    panels = [(title, {n: c for n, c in lines.items() if n in measured}) for title, lines in panels if measured & lines.keys()]
-    across = -(-len(panels) // 2)
+    curves = defaultdict(list)                          # {column: [(epoch, value), ...]}
+    for row in runs.read_metrics(run_dir / "metrics.csv"):
+        for column, value in row.items():
+            if not math.isnan(value):                   # NaN: no online probe was due
+                curves[column].append((row["epoch"], value))
+    panels = {}
+    for title, columns in PANELS.items():
+        measured = [column for column in columns if column in curves]
+        if measured:
+            panels[title] = measured
+
+    across = math.ceil(len(panels) / 2)
     figure, axes = plt.subplots(2, across, figsize=(4.8 * across, 6), layout="constrained")
-    for axis in axes.flat[len(panels):]:
-        axis.axis("off")
-    for axis, (title, lines) in zip(axes.flat, panels):
-        for name, colour in lines.items():
-            shown = [r for r in rows if r[name] == r[name]]
-            axis.plot([r["epoch"] for r in shown], [r[name] for r in shown], color=colour, marker="." if len(shown) < 60 else None,
-                      label=re.sub("knn_|_std|_rank", "", name))
+    for axis, (title, columns) in zip(axes.flat, panels.items()):
+        for column, colour in zip(columns, CYCLE):
+            epochs, values = zip(*curves[column])
+            axis.plot(epochs, values, color=colour, marker="." if len(epochs) < 60 else None,
+                      label=re.sub("knn_|_std|_rank", "", column))
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        if len(lines) > 1:
+        if len(columns) > 1:
             axis.legend()
-    return _save(figure, run_dir / "curves.png")
-
-
-def draw_all(model, views, config, rows, run_dir):
-    """Every figure that the run's mode and the measured rows allow; yields the paths."""
-    draw_views = draw_scanpaths if config.mode == "saccade" else draw_sequences
-    yield draw_views(views, config, run_dir / "views.png")
-    gallery = make_gallery(model, views, config)
-    yield draw_retrieval(gallery, views, run_dir / "retrieval.png")
-    yield draw_maps(gallery, views, config, run_dir / "maps.png")
-    if any(r["from"].startswith("z_agg") for r in rows if r["probe"] == "classify"):
-        yield draw_lengths(rows, config, run_dir / "lengths.png")
-    if any(r["probe"] == "path" for r in rows):
-        yield draw_path(rows, run_dir / "path.png")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    return save(figure, run_dir / "curves.png")
 
 
 # ---------------------------------------------------------------- what the model sees
 
 def draw_scanpaths(views, config, path, count=6):
-    """Where it looked (Fig. 3b): fixations in order over image and saliency, and the patches the encoder saw."""
-    index, M, p = _spread(views, count), config.views, config.patch_size
+    """Where it looked (Fig. 3b): fixations in order, saliency, and the patches the encoder saw."""
+    M = config.views
+    index = spread(views, count)
     seed_all(config.seed)
-    images, saliency = views.images[index].cpu(), views.saliency[index].float().cpu()
+    images = views.images[index].cpu()
+    saliency = views.saliency[index].float().cpu()
     fixations, patches = views.scanpaths(index, M + 1)
-    pixels = _pixels(patches, views)
-    figure, axes = plt.subplots(count, M + 3, figsize=(1.5 * (M + 3), 1.55 * count), layout="constrained", squeeze=False)
-    for row, axis in enumerate(axes):
-        axis[0].imshow(images[row].permute(1, 2, 0).numpy())
-        axis[1].imshow(saliency[row].numpy(), cmap="magma")
-        y, x = fixations[row].cpu().T.tolist()
-        axis[0].plot(x, y, color="white", linewidth=1)
-        for k in range(M + 1):
-            colour = RED if k == M else BLUE
-            axis[0].add_patch(plt.Rectangle((x[k] - p // 2 - 0.5, y[k] - p // 2 - 0.5), p, p, fill=False, edgecolor=colour))
-            axis[0].text(x[k], y[k], str(k + 1), color="white", ha="center", va="center", fontsize=8,
-                         bbox=dict(boxstyle="circle,pad=0.15", facecolor=colour, linewidth=0))
-            axis[2 + k].imshow(pixels[row, k])
-        axis[0].set(xlim=(-0.5, config.image_size - 0.5), ylim=(config.image_size - 0.5, -0.5))
-    _bare(axes)
-    for a, title in zip(axes[0], ["image", "saliency", *(f"view {k + 1}" for k in range(M)), "to predict"]):
-        a.set_title(title, fontsize=9)
+    patches = to_pixels(patches, views)
+
+    figure, axes = plt.subplots(count, M + 3, figsize=(max(7, 1.5 * (M + 3)), 1.55 * count),
+                                layout="constrained", squeeze=False)
+    for row in range(count):
+        image_axis, saliency_axis, *patch_axes = axes[row]
+        image_axis.imshow(images[row].permute(1, 2, 0).numpy())
+        _overlay_scanpath(image_axis, fixations[row].tolist(), config.patch_size)
+        image_axis.set(xlim=(-0.5, config.image_size - 0.5), ylim=(config.image_size - 0.5, -0.5))
+        saliency_axis.imshow(saliency[row].numpy(), cmap="magma")
+        for axis, patch in zip(patch_axes, patches[row]):
+            axis.imshow(patch)
+
+    bare(axes)
+    title_columns(axes, ["image", "saliency", *_view_titles(M)])
     ior = "with" if config.ior else "without"
-    figure.suptitle(f"Where it looked (as Fig. 3b): fixations from {config.saliency} saliency, {ior} inhibition of return", fontsize=10)
-    return _save(figure, path)
+    figure.suptitle(f"Where it looked (as Fig. 3b): fixations from {config.saliency} saliency, "
+                    f"{ior} inhibition of return", fontsize=10)
+    return save(figure, path)
+
+
+def _overlay_scanpath(axis, fixations, p):
+    """Join and number the fixations [(row, column), ...] and frame each one's patch of side p."""
+    rows, columns = zip(*fixations)
+    axis.plot(columns, rows, color="white", linewidth=1)
+    for number, (y, x) in enumerate(fixations, 1):
+        colour = RED if number == len(fixations) else BLUE             # the last is to be predicted
+        corner = (x - p // 2 - 0.5, y - p // 2 - 0.5)
+        axis.add_patch(plt.Rectangle(corner, p, p, fill=False, edgecolor=colour))
+        axis.text(x, y, str(number), color="white", ha="center", va="center", fontsize=8,
+                  bbox=dict(boxstyle="circle,pad=0.15", facecolor=colour, linewidth=0))
 
 
 def draw_sequences(views, config, path, count=3):
-    """Rows of views with the action that leads to the next one written under each (Fig. 3a)."""
-    index, M = _spread(views, count), config.views
+    """Rows of views, under each the action that leads to the next (Fig. 3a)."""
+    M = config.views
+    index = spread(views, count)
     seed_all(config.seed)
     batch = views(index, M)
-    pixels = _pixels(batch.views, views)
-    figure, axes = plt.subplots(count, M + 1, figsize=(2.6 * (M + 1), 2.9 * count), layout="constrained", squeeze=False)
-    for row, axis in enumerate(axes):
-        for k in range(M + 1):
-            axis[k].imshow(pixels[row, k])
-            if k < M:
-                words = [f"{name} " + " ".join(f"{v:+.2f}" for v in batch.actions[row, k, columns].tolist())
-                         for name, columns in views.groups.items()]
-                axis[k].set_xlabel("\n".join(words) + "  \u2192", fontsize=7)
-    _bare(axes)
-    for a, title in zip(axes[0], [*(f"view {k + 1}" for k in range(M)), "to predict"]):
-        a.set_title(title, fontsize=9)
-    figure.suptitle(f"Views and actions, mode {config.mode} (as Fig. 3a): under each view, the action that leads to the next", fontsize=10)
-    return _save(figure, path)
+    pixels = to_pixels(batch.views, views)
+
+    figure, axes = plt.subplots(count, M + 1, figsize=(max(7, 2.6 * (M + 1)), 2.9 * count),
+                                layout="constrained", squeeze=False)
+    for row in range(count):
+        for axis, view in zip(axes[row], pixels[row]):
+            axis.imshow(view)
+        for axis, action in zip(axes[row], batch.actions[row]):        # none under the last view
+            axis.set_xlabel(_action_words(action, views.groups) + "  \u2192", fontsize=7)
+
+    bare(axes)
+    title_columns(axes, _view_titles(M))
+    figure.suptitle(f"Views and actions, mode {config.mode} (as Fig. 3a): "
+                    "under each view, the action that leads to the next", fontsize=10)
+    return save(figure, path)
+
+
+def _action_words(action, groups):
+    """An action (A,) in words: a line for each of its groups."""
+    lines = []
+    for name, columns in groups.items():
+        numbers = [f"{number:+.2f}" for number in action[columns].tolist()]
+        lines.append(" ".join([name, *numbers]))
+    return "\n".join(lines)
+
+
+def _view_titles(M):
+    return [*(f"view {k + 1}" for k in range(M)), "to predict"]
 
 
 # ---------------------------------------------------------------- features of the validation set
@@ -146,210 +185,325 @@ class Gallery(NamedTuple):
 def make_gallery(model, views, config):
     """Views and features of an even choice of the validation samples, M_val = M_tr."""
     model.eval()
-    rows = []
-    for index in _spread(views, min(GALLERY, len(views))).split(250):
+    M = config.views
+    parts = []
+    for index in spread(views, min(GALLERY, len(views))).split(250):
         seed_all(config.seed, int(index[0]))
-        batch, M = views(index, config.views), config.views
-        z, a = model.encode(batch.views), model.embed(batch.actions)
+        batch = views(index, M)
+        z = model.encode(batch.views)
+        a = model.embed(batch.actions)
         z_agg = model.aggregate(z[:, :M], a[:, :M - 1])
-        rows.append((torch.from_numpy(_pixels(batch.views[:, :1], views)[:, 0]), z[:, 0], z_agg, batch.params[:, 0], batch.labels))
-    return Gallery(*(torch.cat(column).cpu() for column in zip(*rows)))
+        pixels = torch.from_numpy(to_pixels(batch.views[:, 0], views))
+        parts.append(Gallery(pixels, z[:, 0], z_agg, batch.params[:, 0], batch.labels))
+    return Gallery(*(torch.cat(field).cpu() for field in zip(*parts)))
 
 
 def draw_retrieval(gallery, views, path, count=6):
-    """The three nearest neighbours, by cosine of z, of a view (Fig. 4): same kind of thing, same transformation?"""
+    """Nearest neighbours of a view by cosine of z (Fig. 4): same thing, same transformation?"""
     z = F.normalize(gallery.z, dim=1)
     queries = torch.linspace(0, len(z) - 1, count).long()
     similarity = z[queries] @ z.T
-    similarity[torch.arange(count), queries] = -2
-    best, nearest = similarity.topk(min(3, len(z) - 1), dim=1)
-    figure, axes = plt.subplots(count, 4, figsize=(7, 1.85 * count), layout="constrained", squeeze=False)
-    for row, axis in enumerate(axes):
-        for column, i in enumerate([queries[row], *nearest[row]]):
-            axis[column].imshow(gallery.pixels[i].numpy())
+    similarity[torch.arange(count), queries] = -2    # below any cosine: none is its own neighbour
+    cosines, nearest = similarity.topk(min(3, len(z) - 1), dim=1)
+
+    figure, axes = plt.subplots(count, 4, figsize=(7, 1.85 * count),
+                                layout="constrained", squeeze=False)
+    for row, query in enumerate(queries):
+        axes[row, 0].imshow(gallery.pixels[query].numpy())
+        axes[row, 0].set_xlabel(_class_name(views, gallery.labels[query]), fontsize=8)
+        for axis, i, cosine in zip(axes[row, 1:], nearest[row], cosines[row]):
             name = _class_name(views, gallery.labels[i])
-            axis[column].set_xlabel(name if column == 0 else f"{name}, cos {best[row, column - 1]:.2f}", fontsize=8)
-    _bare(axes)
-    for a, title in zip(axes[0], ("query", "nearest", "2nd", "3rd")):
-        a.set_title(title, fontsize=9)
-    figure.suptitle(f"Nearest encoder features among {len(z):,} validation views (as Fig. 4)", fontsize=10)
-    return _save(figure, path)
+            axis.imshow(gallery.pixels[i].numpy())
+            axis.set_xlabel(f"{name}, cos {cosine:.2f}", fontsize=8)
+
+    bare(axes)
+    title_columns(axes, ["query", "nearest", "2nd", "3rd"])
+    figure.suptitle(f"Nearest encoder features among {len(z):,} validation views (as Fig. 4)",
+                    fontsize=10)
+    return save(figure, path)
+
+
+# (mode, whether the model is told actions) -> which figure of the paper maps.png redraws
+MAPS_REDRAW = {("rotation", True): " (as Fig. 5)", ("saccade", True): " (as Fig. 6)",
+               ("rotation", False): " (as Fig. 13)", ("saccade", False): " (as Fig. 14)"}
 
 
 def draw_maps(gallery, views, config, path):
-    """2-D maps of z by class and by the view's own parameters, and of z_agg by class (Figs. 5, 6; without actions 13, 14)."""
+    """z and z_agg in 2-D by class, z by each of `views.maps` (Figs. 5, 6; not told, 13, 14)."""
     flat_z, method = project(gallery.z)
     flat_agg, _ = project(gallery.z_agg)
-    names = {"saccade": ["x of fixation", "y of fixation"], "augment": ["crop y", "crop x", "brightness", "blur sigma"],
-             "rotation": ["angle x", "angle y", "angle z"]}[config.mode]
-    columns = {"saccade": [0, 1], "augment": [0, 1, 4, 8], "rotation": [6, 7, 8]}[config.mode]
-    figure, (top, bottom) = plt.subplots(2, max(3, len(names)), figsize=(3.4 * max(3, len(names)), 6.4), layout="constrained")
-    shown = gallery.labels.unique()[:len(CYCLE)]
-    for axis, points, title in zip(top, (flat_z, flat_agg), ("z of view 1, by class", f"z_agg, M = {config.views}, by class")):
-        for colour, label in zip(CYCLE, shown):
-            rows = gallery.labels == label
-            axis.scatter(*points[rows].T, s=6, color=colour, label=_class_name(views, label), linewidths=0)
-        axis.set_title(title, fontsize=10)
-    few = f"{len(shown)} of {len(views.classes)} classes" if len(views.classes) > len(shown) else None
-    top[2].legend(*top[0].get_legend_handles_labels(), title=few, loc="center left", markerscale=3)
-    for axis, name, column in zip(bottom, names, columns):
-        points = axis.scatter(*flat_z.T, s=6, c=gallery.params[:, column], cmap="viridis", linewidths=0)
+
+    down = 2 if views.maps else 1
+    across = max(3, len(views.maps))
+    figure, axes = plt.subplots(down, across, figsize=(3.4 * across, 3.2 * down),
+                                layout="constrained", squeeze=False)
+    z_axis, agg_axis, legend_axis = axes[0, :3]
+    _scatter_classes(z_axis, flat_z, gallery.labels, views)
+    _scatter_classes(agg_axis, flat_agg, gallery.labels, views)
+    for axis, column in zip(axes[-1], views.maps.values()):
+        values = gallery.params[:, column]
+        points = axis.scatter(*flat_z.T, s=6, c=values, cmap="viridis", linewidths=0)
         figure.colorbar(points, ax=axis)
-        axis.set_title(f"z of view 1, by {name}", fontsize=10)
-    _bare(np.array([top, bottom]))
-    for axis in (*top[2:], *bottom[len(names):]):
+
+    bare(axes)
+    for axis in [*axes[0, 2:], *axes[1:, len(views.maps):].flat]:
         axis.axis("off")
-    redrawn = {("rotation", True): " (as Fig. 5)", ("saccade", True): " (as Fig. 6)", ("rotation", False): " (as Fig. 13)",
-               ("saccade", False): " (as Fig. 14)"}.get((config.mode, config.condition != "none"), "")
-    figure.suptitle(f"{method} of {len(flat_z):,} validation samples, condition {config.condition}{redrawn}", fontsize=11)
-    return _save(figure, path)
+    z_axis.set_title("z of view 1, by class", fontsize=10)
+    agg_axis.set_title(f"z_agg, M = {config.views}, by class", fontsize=10)
+    for axis, name in zip(axes[-1], views.maps):
+        axis.set_title(f"z of view 1, by {name}", fontsize=10)
+    handles, names = z_axis.get_legend_handles_labels()
+    total = len(views.classes)
+    shown = f"{len(names)} of {total} classes" if len(names) < total else None
+    legend_axis.legend(handles, names, title=shown, loc="center left", markerscale=3)
+    redrawn = MAPS_REDRAW.get((config.mode, config.condition != "none"), "")
+    figure.suptitle(f"{method} of {len(flat_z):,} validation samples, "
+                    f"condition {config.condition}{redrawn}", fontsize=11)
+    return save(figure, path)
+
+
+def _scatter_classes(axis, points, labels, views):
+    """The points of the first classes there are, as many as there are colours."""
+    for colour, label in zip(CYCLE, labels.unique()):
+        axis.scatter(*points[labels == label].T, s=6, color=colour, linewidths=0,
+                     label=_class_name(views, label))
 
 
 def project(x):
-    """Features (n, D) -> 2-D points (n, 2) and the name of the method: UMAP if umap-learn is installed, else PCA."""
+    """Features (n, D) -> points (n, 2) and the method's name: UMAP if it is installed, else PCA."""
+    if len(x) < FEW:
+        return _pca(x), "PCA"
     try:
-        if len(x) >= FEW:
-            from umap import UMAP
-            return UMAP(random_state=0, n_jobs=1).fit_transform(x.numpy()), "UMAP"
-        method = "PCA"
+        from umap import UMAP
     except ImportError:
-        method = "PCA (umap-learn is not installed)"
+        return _pca(x), "PCA (umap-learn is not installed)"
+    return UMAP(random_state=0, n_jobs=1).fit_transform(x.numpy()), "UMAP"
+
+
+def _pca(x):
     x = x - x.mean(0)
-    return (x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T).numpy(), method
+    directions = torch.linalg.svd(x, full_matrices=False).Vh[:2]
+    return (x @ directions.T).numpy()
 
 
 # ---------------------------------------------------------------- measured rows
 
 def draw_lengths(rows, config, path):
-    """Accuracy on z_agg against the number of observed views (Fig. 8, right), trained and untrained."""
-    rows = [r for r in rows if r["probe"] == "classify"]
-    agg = sorted((int(r["from"].split("M=")[1]), r) for r in rows if "M=" in r["from"])
-    z = next(r for r in rows if r["from"] == "z")
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for key, colour in (("value", BLUE), ("untrained", ORANGE)):
-        name = "trained" if key == "value" else "untrained"
-        axis.plot([M for M, _ in agg], [r[key] for _, r in agg], color=colour, marker="o", label=f"z_agg, {name}")
+    """Accuracy on z_agg against observed views (Fig. 8, right), trained and untrained."""
+    z = next(r for r in rows if r["probe"] == "classify" and r["from"] == "z")
+    agg = by_length(rows, "classify")
+    lengths = [M for M, _ in agg]
+
+    figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    for key, name, colour in (("value", "trained", BLUE), ("untrained", "untrained", ORANGE)):
+        values = [r[key] for _, r in agg]
+        axis.plot(lengths, values, color=colour, marker="o", label=f"z_agg, {name}")
         axis.axhline(z[key], color=colour, linestyle="--", label=f"z, {name}")
-    axis.set(xlabel="observed views M_val", ylabel="top-1, %", xticks=[M for M, _ in agg],
+
+    axis.set(xlabel="observed views M_val", ylabel="top-1, %", xticks=lengths,
              title=f"Accuracy and number of views, M_tr = {config.views} (as Fig. 8)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return _save(figure, path)
+    _legend_below(figure, axis)
+    return save(figure, path)
 
 
 def draw_path(rows, path):
-    """Path integration against sequence length (Fig. 7): all inputs, actions zeroed, views zeroed; dotted: untrained."""
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for suffix, words, colour in (("", "views and actions", RED), (", no actions", "actions set to zero", BLUE),
+    """Path integration against sequence length (Fig. 7): all inputs, no actions, no views."""
+    path_rows = by_length(rows, "path")
+
+    figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    for ending, words, colour in (("", "views and actions", RED),
+                                  (", no actions", "actions set to zero", BLUE),
                                   (", no views", "views set to zero", GREEN)):
-        found = [(r, re.fullmatch(r"z_agg, a_M, M=(\d+)" + suffix, r["from"])) for r in rows if r["probe"] == "path"]
-        lengths, trained, untrained = zip(*sorted((int(m.group(1)), r["value"], r["untrained"]) for r, m in found if m))
-        axis.plot(lengths, trained, color=colour, marker="o", label=words)
-        axis.plot(lengths, untrained, color=colour, linestyle=":")
+        mine = [(M, r) for M, r in path_rows if r["from"] == f"z_agg, a_M, M={M}{ending}"]
+        if mine:
+            lengths = [M for M, _ in mine]
+            trained = [r["value"] for _, r in mine]
+            untrained = [r["untrained"] for _, r in mine]
+            axis.plot(lengths, trained, color=colour, marker="o", label=words)
+            axis.plot(lengths, untrained, color=colour, linestyle=":")
     axis.plot([], color="grey", linestyle=":", label="the same, untrained")
-    axis.set(xlabel="observed views M_val", ylabel="R\u00b2 of the action from view 1 to M+1", xticks=lengths,
-             title="Path integration (as Fig. 7)")
+
+    axis.set(xlabel="observed views M_val", ylabel="R\u00b2 of the action from view 1 to M+1",
+             xticks=sorted({M for M, _ in path_rows}), title="Path integration (as Fig. 7)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return _save(figure, path)
+    _legend_below(figure, axis)
+    return save(figure, path)
+
+
+def _legend_below(figure, axis):
+    """Names of the axis' lines under everything else, where they hide no line."""
+    lines, names = axis.get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=8, loc="outside lower center", ncols=2)
+
+
+def by_length(rows, probe):
+    """The rows of a probe that name an inference length, as [(M_val, row), ...] by M_val."""
+    found = []
+    for row in rows:
+        named = re.search(r"M=(\d+)", row["from"])
+        if row["probe"] == probe and named:
+            found.append((int(named[1]), row))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+# ---------------------------------------------------------------- all of one run
+
+def draw_all(model, views, config, rows, run_dir, draw_views=draw_sequences):
+    """Every figure that the measured rows allow; yields the paths.
+
+    rows: what evaluate.py measured. draw_views: draws views.png, as draw_sequences does."""
+    if config.mode == "saccade":                        # until evaluate.py says so
+        draw_views = draw_scanpaths
+    yield draw_views(views, config, run_dir / "views.png")
+    gallery = make_gallery(model, views, config)
+    yield draw_retrieval(gallery, views, run_dir / "retrieval.png")
+    yield draw_maps(gallery, views, config, run_dir / "maps.png")
+    if by_length(rows, "classify"):
+        yield draw_lengths(rows, config, run_dir / "lengths.png")
+    if by_length(rows, "path"):
+        yield draw_path(rows, run_dir / "path.png")
 
 
 # ---------------------------------------------------------------- several runs
 
 def draw_heatmap(files, path):
     """Top-1 on z_agg for every M_tr (one probes.json each) and M_val (Figs. 9-12)."""
-    table = {}
-    for result, rows in map(_read, files):
-        table |= {(result["config"]["views"], M): r["value"] for M, r in rows if M and r["probe"] == "classify"}
-    trained, probed = (sorted({key[i] for key in table}) for i in range(2))
-    figure, axis = plt.subplots(figsize=(1.5 + 0.9 * len(probed), 1.3 + 0.7 * len(trained)), layout="constrained")
-    values = [[table.get((a, b), float("nan")) for b in probed] for a in trained]
-    axis.imshow(values, cmap="viridis")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color="white",
+    top1 = {}                                           # {(M_tr, M_val): per cent}
+    for result in map(_read, files):
+        for M_val, row in by_length(result["rows"], "classify"):
+            top1[result["config"]["views"], M_val] = row["value"]
+    trained = sorted({M_tr for M_tr, _ in top1})
+    probed = sorted({M_val for _, M_val in top1})
+    table = []
+    for M_tr in trained:
+        table.append([top1.get((M_tr, M_val), math.nan) for M_val in probed])
+
+    width = max(3.5, 1.5 + 0.9 * len(probed))           # room for the title
+    figure, axis = plt.subplots(figsize=(width, 1.3 + 0.7 * len(trained)), layout="constrained")
+    axis.imshow(table, cmap="viridis")
+    for y, values in enumerate(table):
+        for x, value in enumerate(values):
+            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="white",
                       bbox=dict(facecolor="black", alpha=0.35, linewidth=0, pad=1.5))
-    axis.set(xticks=range(len(probed)), xticklabels=probed, yticks=range(len(trained)), yticklabels=trained,
-             xlabel="M_val", ylabel="M_tr", title="top-1 on z_agg, % (as Figs. 9-12)")
-    return _save(figure, path)
+
+    axis.set(xticks=range(len(probed)), xticklabels=probed, xlabel="M_val",
+             yticks=range(len(trained)), yticklabels=trained, ylabel="M_tr",
+             title="top-1 on z_agg, % (as Figs. 9-12)")
+    return save(figure, path)
 
 
 def draw_sweep(files, path):
-    """R^2 of the relative action, and top-1 on z_agg at fixed M_val, against M_tr (Fig. 8, left and middle); one probes.json a run.
+    """R^2 of the action, and top-1 on z_agg at fixed M_val, against M_tr (Fig. 8, left and middle).
 
-    Each data set and condition has lines of its own; where runs differ in neither, nor in M_tr (seeds), the line joins their means."""
-    panels = {}, {}                                     # {(setting, what): {M_tr: values}}
-    for result, rows in map(_read, files):
+    files: one probes.json a run. Each data set and condition has lines of its own.
+    Where runs differ in neither, nor in M_tr (seeds), the line joins their means."""
+    scores = defaultdict(lambda: defaultdict(list))     # {(setting, action): {M_tr: values}}
+    top1 = defaultdict(lambda: defaultdict(list))       # {(setting, M_val): {M_tr: values}}
+    for result in map(_read, files):
         c = result["config"]
-        for M, r in rows:
-            if r["probe"] == "action" or (r["probe"] == "classify" and M):
-                line = f"{c['dataset']} {c['mode']}, condition {c['condition']}", f"M_val {M}" if M else r["predicts"]
-                panels[bool(M)].setdefault(line, {}).setdefault(c["views"], []).append(r["value"])
-    settings = sorted({setting for panel in panels for setting, _ in panel})
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, panel, ylabel in zip(axes, panels, ("R\u00b2 of the relative action, from z", "top-1 on z_agg, %")):
-        for i, ((setting, what), points) in enumerate(panel.items()):
-            M_tr, colour = sorted(points), CYCLE[i % len(CYCLE)]
-            label = what if len(settings) == 1 else f"{setting}: {what}"
-            axis.plot(M_tr, [sum(points[M]) / len(points[M]) for M in M_tr], color=colour, label=label)
-            axis.plot([M for M in M_tr for _ in points[M]], [v for M in M_tr for v in points[M]], "o", color=colour)
-        axis.set(xlabel="observed views in training, M_tr", ylabel=ylabel, xticks=sorted({M for points in panel.values() for M in points}))
-        axis.grid(alpha=0.3)
-        if panel:
-            axis.legend(fontsize=8)
-    figure.suptitle(f"Training length{': ' + settings[0] if len(settings) == 1 else ''} (as Fig. 8, left and middle)", fontsize=11)
-    return _save(figure, path)
+        setting = f"{c['dataset']} {c['mode']}, condition {c['condition']}"
+        for row in result["rows"]:
+            if row["probe"] == "action":
+                scores[setting, row["predicts"]][c["views"]].append(row["value"])
+        for M_val, row in by_length(result["rows"], "classify"):
+            top1[setting, f"M_val {M_val}"][c["views"]].append(row["value"])
+    settings = sorted({setting for setting, _ in [*scores, *top1]})
+
+    height = 3.6 + 0.18 * max(len(scores), len(top1))      # a row of the legend for every line
+    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained")
+    _plot_means(axes[0], scores, several_settings=len(settings) > 1)
+    _plot_means(axes[1], top1, several_settings=len(settings) > 1)
+
+    axes[0].set_ylabel("R\u00b2 of the relative action, from z")
+    axes[1].set_ylabel("top-1 on z_agg, %")
+    which = f": {settings[0]}" if len(settings) == 1 else ""
+    figure.suptitle(f"Training length{which} (as Fig. 8, left and middle)", fontsize=11)
+    return save(figure, path)
+
+
+def _plot_means(axis, lines, several_settings):
+    """A dot for every value, a line through the means.  lines: {(setting, what): {M_tr: values}}"""
+    for i, ((setting, what), values) in enumerate(lines.items()):
+        colour = CYCLE[i % len(CYCLE)]
+        lengths = sorted(values)
+        means = [sum(values[M_tr]) / len(values[M_tr]) for M_tr in lengths]
+        label = f"{setting}: {what}" if several_settings else what
+        axis.plot(lengths, means, color=colour, label=label)
+        dots = [(M_tr, value) for M_tr in lengths for value in values[M_tr]]
+        axis.plot(*zip(*dots), "o", color=colour)
+    lengths = {M_tr for values in lines.values() for M_tr in values}
+    axis.set(xlabel="observed views in training, M_tr", xticks=sorted(lengths))
+    axis.grid(alpha=0.3)
+    if lines:
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5)
 
 
 def draw_transfer(files, path):
-    """Top-1 on another data set's classes (Fig. 15) against M_val, and against what it costs (B.6): one probes-transfer-*.json a line."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-    for i, (result, rows) in enumerate(map(_read, files)):
-        rows = [(M, r) for M, r in rows if r["probe"] == "transfer"]
-        name = f"{result['config']['name']}, patches of {rows[0][1]['patch_size']} px"
-        for axis, x in zip(axes, ([M for M, _ in rows], [r["gmac"] for _, r in rows])):
-            for key, style, label in (("value", "-o", name), ("untrained", ":", f"{name}, untrained")):
-                axis.plot(x, [r[key] for _, r in rows], style, color=CYCLE[i % len(CYCLE)], label=label)
+    """Top-1 on another data set's classes (Fig. 15) against M_val, and against what it costs (B.6).
+
+    files: one probes-transfer-*.json a line."""
+    height = 3.6 + 0.18 * len(files)
+    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained", sharey=True)
+    for i, result in enumerate(map(_read, files)):
+        colour = CYCLE[i % len(CYCLE)]
+        measured = by_length(result["rows"], "transfer")
+        lengths = [M for M, _ in measured]
+        rows = [r for _, r in measured]
+        costs = [r["gmac"] for r in rows]
+        name = f"{result['config']['name']}, patches of {rows[0]['patch_size']} px"
+        trained = [r["value"] for r in rows]
+        untrained = [r["untrained"] for r in rows]
+        for axis, x in zip(axes, (lengths, costs)):
+            axis.plot(x, trained, "-o", color=colour, label=name)
+            axis.plot(x, untrained, ":", color=colour, label=f"{name}, untrained")
+
     axes[0].set(xlabel="observed views M_val", ylabel="top-1 on z_agg, %")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[1].set(xlabel="multiply-adds an image, billions")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+    _legend_below(figure, axes[0])
     figure.suptitle(f"Transfer to {result['dataset']} (as Fig. 15)", fontsize=11)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _read(file):
-    """What evaluate.py wrote, and its rows as (M_val, row), by M_val; 0 where a row has none."""
-    result = json.loads(Path(file).read_text())
-    lengths = [re.search(r"M=(\d+)", r["from"]) for r in result["rows"]]
-    return result, sorted(((int(m[1]) if m else 0, r) for m, r in zip(lengths, result["rows"])), key=lambda pair: pair[0])
+    """What evaluate.py wrote."""
+    return json.loads(Path(file).read_text())
 
 
-# ---------------------------------------------------------------- helpers
+# ---------------------------------------------------------------- shared with figures_regions.py
 
-def _spread(views, count):
+def spread(views, count):
     """`count` sample indices, evenly over the split."""
     return torch.linspace(0, len(views) - 1, count).long()
 
 
-def _pixels(images, views):
-    """Normalised (B, K, 3, H, W) on any device -> (B, K, H, W, 3) in [0, 1], NumPy."""
+def to_pixels(images, views):
+    """Normalised (..., 3, H, W) on any device -> (..., H, W, 3) in [0, 1], NumPy."""
     images = images * views.std.view(3, 1, 1) + views.mean.view(3, 1, 1)
-    return images.clamp(0, 1).permute(0, 1, 3, 4, 2).cpu().numpy()
+    return images.clamp(0, 1).movedim(-3, -1).cpu().numpy()
 
 
 def _class_name(views, label):
     return str(views.classes[label]) if label >= 0 else "unlabelled"
 
 
-def _bare(axes):
+def bare(axes):
+    """Pictures without ticks."""
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
 
 
-def _save(figure, path):
+def title_columns(axes, titles):
+    """Words above each column of a grid of pictures."""
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+
+
+def save(figure, path):
+    """Write the figure and forget it.  -> path"""
     save_atomically(Path(path), lambda part: figure.savefig(part, dpi=110, format="png"))
     plt.close(figure)
     return path

@@ -1,14 +1,17 @@
-"""Figures of mode `regions`, from a run's own model and validation images (DSeq-JEPA Figs. 3, 4, 6, 7).
+"""Figures of mode `regions`, from a model and validation images (DSeq-JEPA Figs. 3, 4, 6, 7).
 
-    draw_all(model, views, config, rows, dir)   regions.png    saliency, Otsu mask, ranked regions under both rules, I-JEPA's blocks
-                                                steps.png      prediction loss of step k (Fig. 4)
-                                                clusters.png   k-means of patch tokens (Figs. 6, 7)
+    draw_all(model, views, config, rows, run_dir)
+                    regions.png     saliency, Otsu's mask, ranked regions, I-JEPA's blocks
+                    steps.png       prediction loss of step k (Fig. 4)
+                    clusters.png    k-means of patch tokens (Figs. 6, 7)
 
-    python figures_regions.py runs/NAME/epoch-*.pt                      clusters.png over the course of training, a column a checkpoint,
-                                                                        and regions.png of the last
-    python figures_regions.py runs/NAME/last.pt --data-dir PHOTOS       both, on any folder of images
+evaluate.py --figures calls it. As a script, this file draws clusters.png over the course of
+training, a column a checkpoint, and regions.png of the last one; or both, on any folder of images:
 
-The rest is called by evaluate.py --figures. Checked in tests/test_figures_regions.py.
+    python figures_regions.py runs/NAME/epoch-*.pt
+    python figures_regions.py runs/NAME/last.pt --data-dir PHOTOS
+
+Checked in tests/test_figures_regions.py.
 """
 import argparse
 import sys
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 
 from build import build_model, build_views
 from dseq_jepa import sequential
-from figures import BLUE, CYCLE, GREEN, ORANGE, PINK, RED, _bare, _save, _spread, plt
+from figures import BLUE, CYCLE, bare, plt, save, spread, title_columns, to_pixels
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
 from plumbing.runs import config_of, load_checkpoint, restore
@@ -30,115 +33,171 @@ REST = "#BBBBBB"                # colour of R_N
 
 
 def draw_all(model, views, config, rows, run_dir):
-    """Every figure of the mode that this model allows; yields the paths."""
+    """Every figure of the mode that this model allows; yields the paths.  rows: not used."""
     model.eval()
     if config.cls and config.proxy == "cls":
         yield draw_regions(model, views, config, run_dir / "regions.png")
     if config.method in ("dseq-jepa", "dseq-c-jepa") and config.order == "discriminative":
         yield draw_steps(model, views, config, run_dir / "steps.png")
-    yield draw_clusters([(model, f"{config.method}")], views, config, run_dir / "clusters.png")
+    yield draw_clusters([(model, config.method)], views, config, run_dir / "clusters.png")
 
+
+# ---------------------------------------------------------------- regions
 
 @torch.inference_mode()
 def draw_regions(model, views, config, path, count=6):
-    """Where it would look: [CLS] saliency (Eq. 1), Otsu's mask (Eq. 2), ranked regions (Eqs. 3, 4), beside I-JEPA's blocks."""
-    index, grid, N = _spread(views, count), model.encoder.grid, config.region_count
-    images = views.clean(index)
-    middle, _ = model.target_encoder(images, keep=(model.block,))
-    saliency = min_max(cls_similarity(middle[:, 0], middle[:, 1:])).cpu()
-    level = (255 * saliency).long().clamp(0, LEVELS - 1)
-    mask = level > otsu(level, torch.ones_like(level, dtype=torch.bool))[:, None]
-    ranks = [discriminative_regions(saliency.unflatten(1, grid), N, rule, config.min_patches) for rule in ("otsu", "otsu-refill")]
+    """Saliency (Eq. 1), Otsu's mask (Eq. 2), ranked regions (Eqs. 3, 4), beside I-JEPA's blocks."""
+    grid = model.encoder.grid
+    N = config.region_count
+    images = views.clean(spread(views, count))
+    tokens, _ = model.target_encoder(images, keep=(model.block,))
+    saliency = min_max(cls_similarity(tokens[:, 0], tokens[:, 1:])).cpu().unflatten(1, grid)
+    once = discriminative_regions(saliency, N, "otsu", config.min_patches)
+    refilled = discriminative_regions(saliency, N, "otsu-refill", config.min_patches)
+    foreground = _above_otsu(saliency)
+    blocks = _ijepa_blocks(count, grid, config)
+    photos = to_pixels(images, views)
+
+    region_style = {k: (str(k), CYCLE[k - 1]) for k in range(1, N)}
+    region_style[N] = ("rest", REST)
+    block_style = {1: ("c", BLUE)}
+    block_style |= {k: (str(k - 1), CYCLE[k - 1]) for k in range(2, 6)}
+    figure, axes = plt.subplots(count, 6, figsize=(12.5, 2.05 * count),
+                                layout="constrained", squeeze=False)
+    for i in range(count):
+        axes[i, 0].imshow(photos[i])
+        axes[i, 1].imshow(saliency[i].numpy(), cmap="magma")
+        axes[i, 2].imshow(foreground[i].numpy(), cmap="gray", vmin=0, vmax=1)
+        _overlay(axes[i, 3], photos[i], once[i], region_style)
+        _overlay(axes[i, 4], photos[i], refilled[i], region_style)
+        _overlay(axes[i, 5], photos[i], blocks[i], block_style)
+
+    bare(axes)
+    title_columns(axes, ["image", f"saliency, block {model.block}", "above Otsu's threshold",
+                         "regions, one threshold", "regions, refilled",
+                         "I-JEPA: context c, targets"])
+    figure.suptitle("Discriminative regions in order, 1 first (as Figs. 3 and 6): "
+                    f"{config.method}, {config.encoder}, N = {N}", fontsize=11)
+    return save(figure, path)
+
+
+def _above_otsu(saliency):
+    """Eq. 2.  (B, H, W) in [0, 1]  ->  (B, H, W) bool"""
+    level = (255 * saliency.flatten(1)).long().clamp(0, LEVELS - 1)
+    everywhere = torch.ones_like(level, dtype=torch.bool)
+    above = level > otsu(level, everywhere)[:, None]
+    return above.view_as(saliency)
+
+
+def _ijepa_blocks(B, grid, config):
+    """I-JEPA's masks to colour.  ->  (B, H, W) int64: 1 context, 2 to 5 the targets, 0 neither"""
     seed_all(config.seed)
-    context, targets = multi_block(count, grid, min_patches=config.min_patches)
-    blocks = torch.where(context, 1, 0)
+    context, targets = multi_block(B, grid, min_patches=config.min_patches)
+    blocks = context.long()
     for k in range(targets.shape[1]):
         blocks = torch.where(targets[:, k], k + 2, blocks)
-    pixels = _photos(images, views)
-    titles = ["image", f"saliency, block {model.block}", "above Otsu's threshold", "regions, one threshold", "regions, refilled", "I-JEPA: context, targets"]
-    figure, axes = plt.subplots(count, 6, figsize=(12.5, 2.05 * count), layout="constrained", squeeze=False)
-    for i, axis in enumerate(axes):
-        axis[0].imshow(pixels[i])
-        axis[1].imshow(saliency[i].unflatten(0, grid).numpy(), cmap="magma")
-        axis[2].imshow(mask[i].unflatten(0, grid).numpy(), cmap="gray", vmin=0, vmax=1)
-        for a, rank in ((axis[3], ranks[0][i]), (axis[4], ranks[1][i])):
-            _overlay(a, pixels[i], rank, {k: CYCLE[k - 1] for k in range(1, N)} | {N: REST}, {N: "rest"})
-        _overlay(axis[5], pixels[i], blocks[i], {1: BLUE, 2: ORANGE, 3: GREEN, 4: RED, 5: PINK}, {1: "context", **{k: f"{k - 1}" for k in range(2, 6)}})
-    _bare(axes)
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
-    figure.suptitle(f"Discriminative regions in order, 1 first (as Figs. 3 and 6): {config.method}, {config.encoder}, N = {N}", fontsize=11)
-    return _save(figure, path)
+    return blocks
 
 
-def _overlay(axis, pixels, labels, colours, names):
-    """Colour patches by label over the photo (0 stays uncoloured) and write each label at its patch nearest to the centre."""
-    side = pixels.shape[0] // labels.shape[0]
+def _overlay(axis, photo, labels, style):
+    """Colour the patches of a photo by label; write each label at its patch nearest to the centre.
+
+    photo (S, S, 3), labels (H, W), style {label: (words, colour)}; other labels stay uncoloured."""
+    side = photo.shape[0] // labels.shape[0]
     shade = torch.zeros(*labels.shape, 4)
-    for label, colour in colours.items():
+    for label, (_, colour) in style.items():
         shade[labels == label] = torch.tensor([*plt.matplotlib.colors.to_rgb(colour), 0.55])
-    axis.imshow(pixels)
+    axis.imshow(photo)
     axis.imshow(shade.repeat_interleave(side, 0).repeat_interleave(side, 1).numpy())
-    for label in colours:
+    for label, (words, _) in style.items():
         places = (labels == label).nonzero().float()
         if len(places):
-            row, column = places[(places - places.mean(0)).square().sum(1).argmin()].tolist()
-            axis.text((column + 0.5) * side, (row + 0.5) * side, names.get(label, str(label)), ha="center", va="center", fontsize=7, color="white",
-                      bbox=dict(boxstyle="round,pad=0.15", facecolor="black", alpha=0.6, linewidth=0))
+            from_centre = (places - places.mean(0)).square().sum(1)
+            row, column = places[from_centre.argmin()].tolist()
+            axis.text((column + 0.5) * side, (row + 0.5) * side, words,
+                      ha="center", va="center", fontsize=7, color="white",
+                      bbox=dict(boxstyle="round,pad=0.15", facecolor="black", alpha=0.6,
+                                linewidth=0))
 
+
+# ---------------------------------------------------------------- the loss of every step
 
 def draw_steps(model, views, config, path):
-    """Mean prediction loss of R_2 ... R_N and the number of images that have each, salient regions only (Fig. 4)."""
+    """Mean loss of R_2 ... R_N and how many images have each, salient regions only (Fig. 4)."""
     losses, images = step_losses(model, views, config)
+    losses = losses.nan_to_num(0)
+    names = [f"R_{k}" for k in range(2, config.region_count)] + ["rest"]
+
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    names = [f"R_{k + 2}" if k + 2 < config.region_count else "rest" for k in range(len(losses))]
-    bars = axis.bar(names, losses.nan_to_num(0).tolist(), color=BLUE)
+    bars = axis.bar(names, losses.tolist(), color=BLUE)
     axis.bar_label(bars, [f"{n:,}" for n in images.tolist()], fontsize=8)
-    axis.set(xlabel="predicted region (number of images that have it above)", ylabel="smooth-L1 loss", ylim=(0, max(1e-6, 1.15 * losses.nan_to_num(0).max().item())),
+
+    axis.set(xlabel="predicted region; above it, how many images have it",
+             ylabel="smooth-L1 loss", ylim=(0, max(1e-6, 1.15 * losses.max().item())),
              title=f"Prediction loss per step, {config.regions} (as Fig. 4)")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @torch.no_grad()
 def step_losses(model, views, config):
-    """(mean loss (N-1,), images (N-1,)) of each step over up to STEP_IMAGES images; NaN where no image has the step."""
-    total, count = (torch.zeros(config.region_count - 1, dtype=torch.float64) for _ in range(2))
-    for index in _spread(views, min(STEP_IMAGES, len(views))).split(64):
+    """Mean loss (N-1,) of each step, NaN where no image has it, and the images (N-1,) that have it.
+
+    Over up to STEP_IMAGES images."""
+    N = config.region_count
+    total = torch.zeros(N - 1, dtype=torch.float64)
+    count = torch.zeros(N - 1, dtype=torch.float64)
+    for index in spread(views, min(STEP_IMAGES, len(views))).split(64):
         images = views.clean(index)
         seed_all(config.seed, int(index[0]))
         batch = views(index)._replace(views=images[:, None])
         _, h, saliency = model.look(batch)
-        rank = discriminative_regions(saliency.unflatten(1, model.encoder.grid), config.region_count, config.regions, config.min_patches) \
-            if config.regions != "random" else batch.actions[:, 0].unflatten(1, model.encoder.grid)
-        plan = sequential(rank.flatten(1), config.region_count)
+        if config.regions == "random":
+            rank = batch.actions[:, 0]
+        else:
+            saliency = saliency.unflatten(1, model.encoder.grid)
+            rank = discriminative_regions(saliency, N, config.regions, config.min_patches)
+            rank = rank.flatten(1)
+        plan = sequential(rank, N)
         loss, predicted = model.step_losses(*model.predict(images, plan), plan, h)
         total += (loss * predicted).sum(0).cpu().double()
         count += predicted.sum(0).cpu().double()
     return total / count, count.long()
 
 
+# ---------------------------------------------------------------- clusters of patch tokens
+
 @torch.inference_mode()
 def draw_clusters(models, views, config, path, count=6, k=5):
-    """k-means of the target encoder's last patch tokens, over the shown images together (Figs. 6, 7).
+    """k-means of the target encoder's last patch tokens, over all shown images (Figs. 6, 7).
 
-    models: [(model, words), ...], a column each: the same run at several checkpoints shows structure emerge."""
-    index = _spread(views, count)
-    images, grid = views.clean(index), models[0][0].encoder.grid
-    pixels = _photos(images, views)
-    figure, axes = plt.subplots(count, 1 + len(models), figsize=(2.1 * (1 + len(models)), 2.05 * count), layout="constrained", squeeze=False)
-    for column, (model, words) in enumerate(models, 1):
-        tokens, = model.eval().target_encoder(images)
-        tokens = F.normalize(tokens[:, tokens.shape[1] - grid[0] * grid[1]:].float().cpu(), dim=2)
-        labels = k_means(tokens.flatten(0, 1), k, seed=config.seed).view(count, *grid)
-        axes[0, column].set_title(words, fontsize=9)
-        for i in range(count):
-            _overlay(axes[i, column], pixels[i], labels[i] + 1, dict(zip(range(1, k + 1), CYCLE)), dict.fromkeys(range(1, k + 1), ""))
+    models: [(model, words), ...], a column each: several checkpoints show structure emerge."""
+    images = views.clean(spread(views, count))
+    photos = to_pixels(images, views)
+    style = {label: ("", CYCLE[label - 1]) for label in range(1, k + 1)}
+
+    across = 1 + len(models)
+    figure, axes = plt.subplots(count, across, figsize=(2.1 * across, 2.05 * count),
+                                layout="constrained", squeeze=False)
     for i in range(count):
-        axes[i, 0].imshow(pixels[i])
-    axes[0, 0].set_title("image", fontsize=9)
-    _bare(axes)
+        axes[i, 0].imshow(photos[i])
+    for column, (model, _) in enumerate(models, 1):
+        labels = _cluster(model, images, k, config.seed)
+        for i in range(count):
+            _overlay(axes[i, column], photos[i], labels[i] + 1, style)
+
+    bare(axes)
+    title_columns(axes, ["image", *(words for _, words in models)])
     figure.suptitle(f"k-means of patch tokens, k = {k} (as Figs. 6, 7)", fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
+
+
+def _cluster(model, images, k, seed):
+    """images (B, 3, S, S)  ->  (B, H, W) int64 in 0..k-1, the cluster of each patch"""
+    H, W = model.encoder.grid
+    tokens, = model.eval().target_encoder(images)
+    patches = tokens[:, tokens.shape[1] - H * W:]                # without [CLS], if there is one
+    patches = F.normalize(patches.float().cpu(), dim=2)
+    return k_means(patches.flatten(0, 1), k, seed).view(len(images), H, W)
 
 
 def k_means(x, k, seed=0, steps=50):
@@ -156,37 +215,54 @@ def k_means(x, k, seed=0, steps=50):
     return label
 
 
-def _photos(images, views):
-    """Normalised (n, 3, H, W) on any device -> (n, H, W, 3) in [0, 1], NumPy."""
-    images = images * views.std.view(3, 1, 1) + views.mean.view(3, 1, 1)
-    return images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+# ---------------------------------------------------------------- the script
+
+def draw_checkpoints(options):
+    """Draw clusters.png of several checkpoints of one run, a column each, and regions.png."""
+    models = []
+    for path in options.checkpoints:
+        model, words, config = _load(path, options.data_dir)
+        models.append((model, words))
+        first, _ = models[0]
+        if (model.encoder.grid, model.encoder.dim) != (first.encoder.grid, first.encoder.dim):
+            raise BadInput(f"{path}: is not of the same run as {options.checkpoints[0]}; "
+                           "give checkpoints of one run")
+    out = Path(options.out)
+    if not out.is_dir():
+        raise BadInput(f"--out {out}: no such folder; make it first")
+    split = "train" if options.data_dir else "val"
+    views = build_views(config, split, torch.device("cpu"))
+    print(f"drew {draw_clusters(models, views, config, out / 'clusters.png')}")
+    if config.cls and config.proxy == "cls":
+        print(f"drew {draw_regions(model, views, config, out / 'regions.png')}")
+
+
+def _load(path, data_dir):
+    """A checkpoint's model, step in words, and Config (with images from `data_dir`, if given)."""
+    checkpoint = load_checkpoint(path)
+    changes = dict(dataset="folder", data_dir=data_dir, limit=0) if data_dir else {}
+    config = config_of(checkpoint, **changes)
+    if config.mode != "regions":
+        raise BadInput(f"{path}: was trained in mode {config.mode}; "
+                       "expected a checkpoint of mode regions")
+    model = build_model(config, {})
+    restore(model, checkpoint)
+    return model, f"step {checkpoint['step']:,}", config
 
 
 def main(argv=None):
-    """Draw clusters.png of several checkpoints of one run, a column each, and regions.png. Exit status 0, or 2 for bad input."""
-    p = argparse.ArgumentParser(prog="figures_regions.py", description="Regions, and patch clusters over the course of training (Figs. 3, 6, 7).")
-    p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="epoch-*.pt and last.pt of a run trained with --keep-every K")
-    p.add_argument("--data-dir", metavar="DIR", help="a folder of images to show instead of the run's own")
+    """Exit status 0, or 2 for bad input."""
+    p = argparse.ArgumentParser(
+        prog="figures_regions.py",
+        description="Regions, and patch clusters over the course of training (Figs. 3, 6, 7).")
+    p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                   help="epoch-*.pt and last.pt of a run trained with --keep-every K")
+    p.add_argument("--data-dir", metavar="DIR",
+                   help="a folder of images to show instead of the run's own")
     p.add_argument("--out", metavar="DIR", default=".", help="where the figures go (default: here)")
     options = p.parse_args(argv)
     try:
-        models = []
-        for path in options.checkpoints:
-            checkpoint = load_checkpoint(path)
-            config = config_of(checkpoint, **(dict(dataset="folder", data_dir=options.data_dir, limit=0) if options.data_dir else {}))
-            if config.mode != "regions":
-                raise BadInput(f"{path}: was trained in mode {config.mode}; expected a checkpoint of mode regions")
-            model = build_model(config, {})
-            restore(model, checkpoint)
-            models.append((model, f"step {checkpoint['step']:,}"))
-            if model.encoder.grid != models[0][0].encoder.grid or model.encoder.dim != models[0][0].encoder.dim:
-                raise BadInput(f"{path}: is not of the same run as {options.checkpoints[0]}; give checkpoints of one run")
-        if not Path(options.out).is_dir():
-            raise BadInput(f"--out {options.out}: no such folder; make it first")
-        views = build_views(config, "train" if options.data_dir else "val", torch.device("cpu"))
-        print(f"drew {draw_clusters(models, views, config, Path(options.out) / 'clusters.png')}")
-        if config.cls and config.proxy == "cls":
-            print(f"drew {draw_regions(models[-1][0], views, config, Path(options.out) / 'regions.png')}")
+        draw_checkpoints(options)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,14 @@
 """Arrays on disk that are made once: decoded images, rendered solids, saliency maps.
 
-`cached(path, key, shape, dtype, fill)` returns a memory-mapped array. The first time, `fill` writes it
-batch by batch into a temporary file that takes its final name only when complete, so no half-written array
-is ever read; what a killed process left of one goes when the next array is made. Beside `x.npy` lies `x.json`
-with the `key`: what the array was made from. When the key no longer fits (a changed folder, another size) the
-array is made again.
+`cached(path, key, shape, dtype, fill)` returns a memory-mapped array. The first time, `fill` writes
+it batch by batch into a temporary file that takes its final name only when complete, so no
+half-written array is ever read; what a killed process left of one goes when the next array is made.
+Beside `x.npy` lies `x.json` with the `key`: what the array was made from. When the key no longer
+fits (a changed folder, another size) the array is made again.
 
-The 3DIEBench pack, which takes hours, is `resumable`: the unfinished `x.npy.part` stays, `x.npy.progress` says how many of
-its rows are on the disk and for which key, and the next run goes on from there.
+The 3DIEBench pack, which takes hours, is `resumable`: the unfinished `x.npy.part` stays,
+`x.npy.progress` says how many of its rows are on the disk and for which key, and the next run goes
+on from there.
 """
 import contextlib
 import json
@@ -23,10 +24,11 @@ from plumbing.files import collect_parts, part_of, save_atomically
 
 
 def cached(path, key, shape, dtype, fill, what, resumable=False):
-    """Memory-mapped array of `shape` at `path`, made by `fill` if absent or stale.
+    """Memory-mapped array of `shape` at `path`, made by `fill` if absent or out of date.
 
     key: JSON-able description of everything the content depends on.
-    fill: (array) -> iterator that yields the number of rows written so far; if resumable: (array, first row).
+    fill: (array) -> iterator that yields the number of rows written so far; if resumable, it takes
+    (array, first row to write).
     what: words for the progress bar, such as "decoding 200 images".
     resumable: keep what an interrupted run wrote, and say beforehand how much disk the array takes.
     Raises: BadInput if the folder cannot be written or has no room."""
@@ -36,11 +38,15 @@ def cached(path, key, shape, dtype, fill, what, resumable=False):
         return open_array(path)
     if path.exists():
         print(f"{path} does not fit the present data or settings: making it again")
-    (_make_resumably if resumable else _make)(path, key, fill, what)
+    if resumable:
+        _make_resumably(path, key, fill, what)
+    else:
+        _make(path, key, fill, what)
     return open_array(path)
 
 
 def _make(path, key, fill, what):
+    """Fill a new array under another name, then give it its own."""
     _make_room(path, _size(key))
     part = part_of(path)
     try:
@@ -55,22 +61,26 @@ def _make(path, key, fill, what):
 
 
 def _make_resumably(path, key, fill, what):
-    """As _make, but the unfinished array keeps its name, and a progress file says which rows of it count."""
-    part, progress = path.with_name(path.name + ".part"), path.with_name(path.name + ".progress")
-    _make_room(path, 0)                                  # the folder, for the lock
+    """As _make, but an unfinished array stays, and a progress file says which of its rows count."""
+    part = path.with_name(path.name + ".part")
+    progress = path.with_name(path.name + ".progress")
+    _make_room(path, 0)                         # the folder, for the lock
     with _alone(path):
-        if _fresh(path, key):                            # another process made it while this one waited
+        if _fresh(path, key):                   # another process made it while this one waited
             return
-        start, total, size = _rows_done(part, progress, key), key["shape"][0], _size(key)
+        start = _rows_done(part, progress, key)
+        total = key["shape"][0]
+        size = _size(key)
         _make_room(path, size * (total - start) // total)
-        print(f"{what}: {size / 1e9:.3g} GB on disk, in {path}. May be interrupted: the next run goes on from there"
-              + (f", as this one does from {start:,} of {total:,}" if start else ""))
+        resumed = f", as this one does from {start:,} of {total:,}" if start else ""
+        print(f"{what}: {size / 1e9:.3g} GB on disk, in {path}. "
+              f"May be interrupted: the next run goes on from there{resumed}")
         if not start:
-            progress.unlink(missing_ok=True)             # it must not vouch for the empty array that comes now
+            progress.unlink(missing_ok=True)    # it must not vouch for the empty array to come
         array = _map(part, "r+" if start else "w+", key)
         with tqdm(total=total, initial=start, desc=what, unit="row", leave=False) as bar:
             for done in fill(array, start):
-                array.flush()                            # first the rows, then the word that they are there
+                array.flush()                   # first the rows, then the word that they are there
                 _write_json(progress, dict(key=key, rows=done))
                 bar.update(done - bar.n)
         _publish(part, path, key)
@@ -78,18 +88,23 @@ def _make_resumably(path, key, fill, what):
 
 
 def _rows_done(part, progress, key):
-    """Leading rows of an unfinished array that can be trusted: 0 if it is cut short or was meant for another key."""
+    """Leading rows of an unfinished array that can be trusted.
+
+    0 if the array is cut short or was meant for another key."""
     try:
-        state, array = json.loads(progress.read_text()), open_array(part)
+        state = json.loads(progress.read_text())
+        array = open_array(part)
     except (OSError, ValueError, BadInput):
         return 0
-    fits = state["key"] == key and list(array.shape) == key["shape"] and array.dtype.name == key["dtype"]
-    return state["rows"] if fits else 0
+    same_array = list(array.shape) == key["shape"] and array.dtype.name == key["dtype"]
+    return state["rows"] if same_array and state["key"] == key else 0
 
 
 @contextlib.contextmanager
 def _alone(path):
-    """One process at a time makes `path`; the others wait here. The lock goes with its process, however it ends."""
+    """One process at a time makes `path`; the others wait here.
+
+    The lock goes with its process, however it ends."""
     import fcntl  # Unix only, so only where it is needed
     with open(path.with_name(path.name + ".lock"), "w") as lock:
         try:
@@ -103,7 +118,7 @@ def _alone(path):
 def _publish(part, path, key):
     """Give a complete array its name, and only then its key."""
     key_file = path.with_suffix(".json")
-    key_file.unlink(missing_ok=True)                     # no moment at which an old key vouches for a new array
+    key_file.unlink(missing_ok=True)            # at no moment an old key vouches for a new array
     os.replace(part, path)
     _write_json(key_file, key)
 
@@ -117,7 +132,9 @@ def _map(path, mode, key):
 
 
 def _reserve(part, path, key):
-    """_map a new file whose room on the disk is taken: to write to one that finds none kills the process (SIGBUS), without a word."""
+    """Map a new file whose room on the disk is taken.
+
+    To write into a mapped file that finds no room kills the process (SIGBUS), without a word."""
     try:
         array = _map(part, "w+", key)
         if hasattr(os, "posix_fallocate"):               # not on macOS
@@ -136,25 +153,30 @@ def _size(key):
 def cache_path(config, what):
     """Where `what` of this data set at this size is kept, one file per --limit."""
     limit = f"-{config.limit}" if config.limit else ""
-    return Path(config.data_dir) / ".cache" / f"{config.dataset}-{what}-{config.image_size}px{limit}.npy"
+    name = f"{config.dataset}-{what}-{config.image_size}px{limit}.npy"
+    return Path(config.data_dir) / ".cache" / name
 
 
 def open_array(path):
-    """Memory-map an .npy file. Copy-on-write, so that torch may wrap it; the file is never changed."""
+    """Memory-map an .npy file: copy-on-write, so that torch may wrap it and no file is changed."""
     try:
-        return np.lib.format.open_memmap(path, mode="c")             # unlike np.load, takes .npy and nothing else
+        return np.lib.format.open_memmap(path, mode="c")    # unlike np.load, takes .npy only
     except (ValueError, OSError, EOFError) as error:
-        raise BadInput(f"{path}: not a readable .npy array ({error}); was it cut short? Fetch or make it again") from None
+        raise BadInput(f"{path}: not a readable .npy array ({error}); was it cut short? "
+                       "Fetch or make it again") from None
 
 
 def _fresh(path, key):
+    """Whether the array at `path` is whole and was made for this key."""
     try:
-        return json.loads(path.with_suffix(".json").read_text()) == key and list(open_array(path).shape) == key["shape"]
+        made_for = json.loads(path.with_suffix(".json").read_text())
+        return made_for == key and list(open_array(path).shape) == key["shape"]
     except (OSError, ValueError, BadInput):
         return False
 
 
 def _make_room(path, size):
+    """Make the folder of `path` and check that `size` more bytes fit there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         collect_parts(path.parent)                       # before asking how much room there is
@@ -162,6 +184,8 @@ def _make_room(path, size):
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(f"no permission to write in {path.parent}")
     except OSError as error:
-        raise BadInput(f"{path.parent}: cannot keep prepared data there ({error}); choose another --data-dir") from None
+        raise BadInput(f"{path.parent}: cannot keep prepared data there ({error}); "
+                       "choose another --data-dir") from None
     if free < size * 1.05:
-        raise BadInput(f"{path}: needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room or lower --limit")
+        raise BadInput(f"{path}: needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+                       "make room or lower --limit")

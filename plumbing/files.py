@@ -23,22 +23,22 @@ def save_atomically(path, write, keep=None):
             link(path, keep)
         os.replace(part, path)
     except OSError as error:
-        error.filename = str(path)              # a failed write names no file, a failed open the temporary one
+        error.filename = str(path)      # a failed write names none, a failed open the temporary one
         raise
     finally:
         part.unlink(missing_ok=True)
 
 
 def link(path, keep):
-    """Let `keep` name the file at `path` too; nothing is copied, and at no moment has it no name."""
+    """Let `keep` name the file at `path` too. Nothing is copied; at no moment it has no name."""
     part = part_of(keep)
     try:
         os.link(path, part)
         os.replace(part, keep)
-    except OSError:                             # a file system without hard links: it is `path` that has no file for a moment
-        os.replace(path, keep)
+    except OSError:
+        os.replace(path, keep)          # no hard links here: for a moment `path` has no file
     finally:
-        part.unlink(missing_ok=True)            # still there if both were one file already: a rename does nothing then
+        part.unlink(missing_ok=True)    # a rename does nothing if both were one file already
 
 
 def part_of(path):
@@ -47,7 +47,9 @@ def part_of(path):
 
 
 def collect_parts(folder):
-    """Remove what killed processes of this machine left half-written in `folder`; what living ones write is left alone."""
+    """Remove what killed processes of this machine left half-written in `folder`.
+
+    What living ones write is left alone."""
     for part in folder.glob("*.part"):
         writer = re.fullmatch(rf".*\.{re.escape(platform.node())}-(\d+)\.part", part.name)
         if writer and not _alive(int(writer[1])):
@@ -55,6 +57,7 @@ def collect_parts(folder):
 
 
 def _alive(pid):
+    """Whether a process of this machine with this id runs."""
     if os.name != "posix":
         return True                             # elsewhere signal 0 is no question but Ctrl-C
     try:

@@ -1,12 +1,13 @@
-"""A run's folder, runs/NAME/: what is kept, and how it is written so that no crash leaves it half-written.
+"""A run's folder, runs/NAME/: what is kept, and how, so that no crash leaves it half-written.
 
     config.json   the settings            metrics.csv   one line an epoch
     last.pt       all that --resume needs encoder.pt    f_theta alone, a plain state dict
     previous.pt   the last.pt before it   curves.png    metrics.csv, drawn
     epoch-K.pt    last.pt as it was after epoch K, if --keep-every asks for it
 
-A process may be killed at any instant: every file is written under another name, NAME.HOST-PID.part, and renamed when
-whole. Checkpoints hold tensors, numbers and strings only and are read with weights_only=True: loading one never runs code.
+A process may be killed at any instant: every file is written under another name,
+NAME.HOST-PID.part, and renamed when whole. Checkpoints hold tensors, numbers and strings only and
+are read with weights_only=True: loading one never runs code.
 Checked in tests/test_runs.py and, by kill -9, in tests/test_kill.py.
 """
 import csv
@@ -22,38 +23,47 @@ from config import Config
 from plumbing.errors import BadInput
 from plumbing.files import collect_parts, save_atomically
 
-FORMAT, VERSION = "seq-jepa checkpoint", 1
-MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out", "probe_every", "keep_every", "resident"}   # between a run and its --resume
+FORMAT = "seq-jepa checkpoint"
+VERSION = 1
+# Settings that may change between a run and its --resume.
+MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out",
+              "probe_every", "keep_every", "resident"}
 
 
 # ---------------------------------------------------------------- the run and its checkpoints
 
 def open_run(config):
-    """Check that the run may start: returns its checkpoint if --resume, else None. Nothing is written yet.
+    """Check that the run may start.  -> its checkpoint if --resume, else None.  Writes nothing.
 
-    A folder without a checkpoint, left by a run that died at once, may be used again, and --resume begins at step 0
-    where there is no checkpoint yet: a job that a scheduler starts again and again has one command line.
-    Raises: BadInput if the run exists without --resume, or --resume finds another run's settings or a damaged checkpoint."""
+    A folder without a checkpoint, left by a run that died at once, may be used again, and --resume
+    begins at step 0 where there is no checkpoint yet: a job that a scheduler starts again and again
+    has one command line.
+    Raises: BadInput if the run exists without --resume, or --resume finds another run's settings or
+    a damaged checkpoint."""
     folder = config.run_dir
     exists = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
     if not config.resume:
         if exists:
-            raise BadInput(f"{folder}: this run exists already; continue it with --resume, choose another --name, or delete it")
+            raise BadInput(f"{folder}: this run exists already; continue it with --resume, "
+                           "choose another --name, or delete it")
         return None
     if not exists:
         print(f"--resume: {folder} has no checkpoint yet, beginning at step 0")
         return None
     checkpoint = load_checkpoint(folder / "last.pt")
-    before, now = dataclasses.asdict(Config()) | checkpoint["config"], dataclasses.asdict(config)   # settings newer than it: their defaults
+    defaults = dataclasses.asdict(Config())                 # for settings newer than the checkpoint
+    before = defaults | checkpoint["config"]
+    now = dataclasses.asdict(config)
     changed = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} {before[k]} (now {now[k]})" for k in changed)
-        raise BadInput(f"--resume: {folder} was started with {flags}; repeat its command line, or start a new --name")
+        raise BadInput(f"--resume: {folder} was started with {flags}; repeat its command line, "
+                       "or start a new --name")
     return checkpoint
 
 
 def create_run(config):
-    """Make the folder, or clear it of what a killed process left half-written, and write config.json."""
+    """Make the folder, or clear it of what a killed process left of a file; write config.json."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     collect_parts(config.run_dir)
     text = json.dumps(dataclasses.asdict(config), indent=1)
@@ -66,20 +76,27 @@ def save_checkpoint(config, model, optimizer, step, meters):
     step: optimiser steps done.  meters: what an unfinished epoch has summed up.
     Raises: BadInput if the disk is full or the like; the checkpoint before stays last.pt."""
     folder = config.run_dir
-    state = dict(format=FORMAT, version=VERSION, config=dataclasses.asdict(config), step=step, meters=meters,
+    encoder = model.representation.state_dict()
+    state = dict(format=FORMAT, version=VERSION, config=dataclasses.asdict(config),
+                 step=step, meters=meters,
                  model=model.state_dict(), optimizer=optimizer.state_dict())
-    try:                                        # encoder.pt first: once last.pt says that the run is done, nothing may be missing
-        save_atomically(folder / "encoder.pt", lambda part: _torch_save(model.representation.state_dict(), part))
-        save_atomically(folder / "last.pt", lambda part: _torch_save(state, part), keep=folder / "previous.pt")
+    try:        # encoder.pt first: once last.pt says that the run is done, nothing may be missing
+        save_atomically(folder / "encoder.pt", lambda part: _torch_save(encoder, part))
+        save_atomically(folder / "last.pt", lambda part: _torch_save(state, part),
+                        keep=folder / "previous.pt")
     except OSError as error:
         last = folder / "last.pt"
-        kept = f"{last}, the checkpoint before, is kept" if last.exists() else "there was no checkpoint before"
-        raise BadInput(f"{error.filename}: step {step} could not be saved ({error.strerror or error}); {kept}: "
-                       "mend this, then --resume") from None
+        kept = "there was no checkpoint before"
+        if last.exists():
+            kept = f"{last}, the checkpoint before, is kept"
+        raise BadInput(f"{error.filename}: step {step} could not be saved "
+                       f"({error.strerror or error}); {kept}: mend this, then --resume") from None
 
 
 def _torch_save(state, path):
-    """torch.save that reports a full disk as OSError; by itself it reports that its positions in the file do not add up."""
+    """torch.save that reports a full disk as OSError.
+
+    By itself it reports that its positions in the file do not add up."""
     with open(path, "wb") as file:
         try:
             torch.save(state, file)
@@ -97,21 +114,23 @@ def load_checkpoint(path):
     try:
         _verify(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                  # what torch.load raises on a damaged or foreign file has no common type
-        why = "contains more than tensors" if "Unsupported" in str(error) or "Weights only" in str(error) else "is damaged"
+    except Exception as error:          # what torch.load raises on such files has no common type
+        has_code = "Unsupported" in str(error) or "Weights only" in str(error)
+        why = "contains more than tensors" if has_code else "is damaged"
         raise BadInput(f"{path}: {why} and was not loaded; {_advice(path)}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise BadInput(f"{path}: not a checkpoint of this project; expected the last.pt of a run")
     if checkpoint.get("version") != VERSION:
-        raise BadInput(f"{path}: checkpoint version {checkpoint.get('version')}, this code reads {VERSION}; use the code it was made with")
+        raise BadInput(f"{path}: checkpoint version {checkpoint.get('version')}, this code reads "
+                       f"{VERSION}; use the code it was made with")
     return checkpoint
 
 
 def _verify(path):
     """Raise if a single bit of a checkpoint, which is a zip file, has changed anything in it.
 
-    torch.load does not look at the checksums, and does not read at all, but leaves whatever was in memory, what is marked as a
-    folder. A third of a second for 500 MB."""
+    torch.load does not look at the checksums. What is marked as a folder it does not read at all,
+    and leaves whatever was in memory. A third of a second for 500 MB."""
     if zipfile.is_zipfile(path):                # if not, torch.load will say so
         with zipfile.ZipFile(path) as file:
             if file.testzip() or any(record.external_attr for record in file.infolist()):
@@ -131,10 +150,13 @@ def _advice(path):
 
 
 def config_of(checkpoint, **changes):
-    """The Config stored in a checkpoint, with `changes`. Raises: BadInput if it has settings that this code does not know."""
+    """The Config stored in a checkpoint, with `changes`.
+
+    Raises: BadInput if it has settings that this code does not know."""
     unknown = checkpoint["config"].keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise BadInput(f"the checkpoint has settings that this code does not know ({', '.join(sorted(unknown))}); use the code it was made with")
+        raise BadInput("the checkpoint has settings that this code does not know "
+                       f"({', '.join(sorted(unknown))}); use the code it was made with")
     return dataclasses.replace(Config(**checkpoint["config"]), **changes)
 
 
@@ -143,7 +165,8 @@ def restore(model, checkpoint):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        raise BadInput("the checkpoint's weights do not fit the model that its settings describe; use the code it was made with") from None
+        raise BadInput("the checkpoint's weights do not fit the model that its settings describe; "
+                       "use the code it was made with") from None
 
 
 # ---------------------------------------------------------------- metrics.csv
@@ -166,17 +189,23 @@ def append_metrics(path, row):
 def read_metrics(path):
     """metrics.csv as a list of {column: float}."""
     with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for column, value in row.items():
+            row[column] = float(value)
+    return rows
 
 
 def drop_metrics_after(path, step):
-    """Forget epochs that ended after `step`, and a line cut short: a resumed run will write them again."""
+    """Forget epochs that ended after `step`, and a line cut short: a resumed run rewrites them."""
     if not path.exists():
         return
     header, *lines = path.read_text().splitlines(keepends=True) or [""]
     lines = [line for line in lines if line.endswith("\n")]
-    column = header.strip().split(",").index("step") if lines else None
-    kept = [line for line in lines if int(line.split(",")[column]) <= step]
+    kept = []
+    if lines:
+        column = header.strip().split(",").index("step")
+        kept = [line for line in lines if int(line.split(",")[column]) <= step]
     if kept:
         save_atomically(path, lambda part: part.write_text("".join([header, *kept])))
     else:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import figures
+from build import build_model
 from evaluate import row
+from images import Batch, Views, normalise
 from plumbing.report import write_report
 from plumbing.runs import append_metrics
 
@@ -62,6 +64,59 @@ def test_nearest_neighbours_are_the_nearest(tmp_path, monkeypatch):
     assert words[4] == "e" and {w[0] for w in words[5:7]} == {"d", "f"}
 
 
+class Shifts(Views):
+    """A mode that figures.py cannot know: a view is the image moved, an action how far."""
+
+    groups = {"shift": slice(0, 1)}
+
+    def __call__(self, index, M):
+        shift = torch.rand(len(index), M + 1, 1)
+        images = normalise(self.images[index], self.mean, self.std, channel_dim=1)
+        views = [[image.roll(int(8 * s), 2) for s in row] for image, row in zip(images, shift)]
+        views = torch.stack([torch.stack(row) for row in views])
+        return Batch(views, shift[:, 1:] - shift[:, :-1], shift, self.labels_of(index))
+
+
+@pytest.mark.parametrize("maps", [{}, {"shift": 0}])
+def test_a_mode_from_outside_is_drawn_as_far_as_rows_allow(maps, make_config, make_split,
+                                                           tmp_path, monkeypatch):
+    config = make_config("folder", "augment", image_size=16, width=2, views=2, action_dim=4,
+                         batch_size=8)
+    views = Shifts(make_split(12, 16), config, torch.device("cpu"))
+    views.maps = maps
+    model = build_model(config, views.groups)
+    config = SimpleNamespace(mode="shift", condition="shift", views=2, seed=0)
+    titles = []
+    original = figures.plt.Axes.set_title
+
+    def set_title(self, text, **kw):
+        titles.append(text)
+        return original(self, text, **kw)
+
+    monkeypatch.setattr(figures.plt.Axes, "set_title", set_title)
+
+    def names(rows):
+        paths = list(figures.draw_all(model, views, config, rows, tmp_path))
+        assert all(map(drawn, paths))
+        return [path.stem for path in paths]
+
+    assert names([]) == ["views", "retrieval", "maps"]
+    assert ("z of view 1, by shift" in titles) == bool(maps)
+    some = [r for r in rows() if "no actions" not in r["from"]]
+    classify = [r for r in some if r["probe"] == "classify"]
+    assert names(classify) == ["views", "retrieval", "maps", "lengths"]
+    assert names(some) == ["views", "retrieval", "maps", "lengths", "path"]
+
+
+def test_what_draws_the_views_may_be_chosen(tmp_path):
+    config = SimpleNamespace(mode="shift")
+    seen = []
+    paths = figures.draw_all("model", "views", config, [], tmp_path,
+                             draw_views=lambda *args: seen.append(args))
+    next(paths)
+    assert seen == [("views", config, tmp_path / "views.png")]
+
+
 def test_pca_finds_the_two_directions_of_most_variance(monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)          # importing it fails, installed or not
     x = torch.randn(200, 2) @ torch.tensor([[5.0, 0, 0, 0], [0, 2, 0, 0]]) + 3
@@ -87,7 +142,8 @@ def test_maps_use_umap_where_there_is_one_and_say_so(n, method, tmp_path, monkey
     monkeypatch.setattr(figures.plt.Figure, "suptitle", lambda self, text, **kw: titles.append(text))
     gallery = figures.Gallery(torch.rand(n, 4, 4, 3), torch.randn(n, 5), torch.randn(n, 7), torch.rand(n, 2), torch.arange(n) % 2)
     config = SimpleNamespace(mode="saccade", condition="none", views=2)
-    assert drawn(figures.draw_maps(gallery, SimpleNamespace(classes=["a", "b"]), config, tmp_path / "maps.png"))
+    views = SimpleNamespace(classes=["a", "b"], maps={"x of fixation": 0})
+    assert drawn(figures.draw_maps(gallery, views, config, tmp_path / "maps.png"))
     assert titles == [f"{method} of {n} validation samples, condition none (as Fig. 14)"]
     assert (figures.project(gallery.z)[0] == gallery.z[:, :2].numpy()).all() == (method == "UMAP")
 
