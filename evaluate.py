@@ -164,11 +164,7 @@ def evaluate(options):
         heads=rules.heads, samplings=options.samplings, probe_epochs=options.probe_epochs,
         quick=config.quick, amp=options.amp and device.type == "cuda")
 
-    model = build_model(config, views["val"].groups)
-    restore(model, checkpoint)
-    model.to(device)
-    twin = build_model(config, views["val"].groups).to(device)
-    settle_batchnorm(twin, views["train"], config.views)
+    model, twin = two_models(checkpoint, config, views, device)
     if options.compile:
         model.representation.compile()
         twin.representation.compile()
@@ -197,6 +193,15 @@ def evaluate(options):
             print(f"drew {figure}")
         print(f"wrote {write_report(run_dir, result)}")
     return 0
+
+
+def two_models(checkpoint, config, views, device):
+    """The trained model, and one of the same shape that has learnt nothing."""
+    model = build_model(config, views["val"].groups)
+    restore(model, checkpoint)
+    twin = build_model(config, views["val"].groups).to(device)
+    settle_batchnorm(twin, views["train"], config.views)
+    return model.to(device), twin
 
 
 def measure(model, setup, rules):

@@ -115,11 +115,14 @@ def extract_batch(model, batch, clean, lengths, only_agg):
 def join(batches, samplings):
     """Features of all batches of one sampling after another, (b, ...) each -> (S, N, ...)."""
     def joined(parts):
-        if isinstance(parts[0], dict):                              # one tensor for every M
-            return {M: joined([part[M] for part in parts]) for M in parts[0]}
-        return torch.cat(parts).unflatten(0, (samplings, -1))
+        if not isinstance(parts[0], dict):
+            return torch.cat(parts).unflatten(0, (samplings, -1))
+        by_length = {}
+        for M in parts[0]:
+            by_length[M] = joined([part[M] for part in parts])
+        return by_length
 
-    features = Features(*map(joined, zip(*batches)))
+    features = Features(*map(joined, zip(*batches)))                # field by field
     return features._replace(labels=features.labels[0])             # the same in every sampling
 
 
