@@ -1,15 +1,20 @@
-"""What a ViT's features are worth (DSeq-JEPA Secs. 4.2, 0.A.1.3): the probes of mode `regions`. Called by evaluate.py.
+"""What a ViT's features are worth (DSeq-JEPA Secs. 4.2, 0.A.1.3): the probes of mode `regions`.
 
-    linear     a linear head on the patch tokens of the last four blocks, averaged and joined: 4D numbers per image
-    knn        nearest neighbours of the mean patch token and of [CLS]: nothing is trained
-    cls        a linear head on the last [CLS] alone, as the paper does for CLEVR (--dataset clevr-count, clevr-distance)
+    linear     a linear head on the patch tokens of the last four blocks, averaged and joined: 4D
+               numbers per image
+    knn        nearest neighbours of the mean patch token and of [CLS]: probes.probe_knn
+    cls        a linear head on the last [CLS] alone, as the paper does for CLEVR
+               (--dataset clevr-count, clevr-distance)
     finetune   all weights, 50 epochs
 
-All look at the target encoder, as I-JEPA does. The first three work on features extracted once; where the protocol draws
-a fresh random crop in every epoch, S crops of each training image are drawn, and epoch e trains on crop e mod S.
-Differs from the paper: fine-tuning has MAE's optimiser, layer-wise rates and schedule, but crops and flips only (no RandAugment,
-mixup, drop path or second LayerNorm); numbers that our copy of the paper lost are MAE's, those of the CLEVR head ours.
-Checked in tests/test_probes_regions.py.
+All look at the target encoder, as I-JEPA does. The first three work on features extracted once;
+where the protocol draws a fresh random crop in every epoch, S crops of each training image are
+drawn, and epoch e trains on crop e mod S.
+
+Differs from the paper: fine-tuning has MAE's optimiser, layer-wise rates and schedule, but crops
+and flips only (no RandAugment, mixup, drop path or second LayerNorm); numbers that our copy of the
+paper lost are MAE's, those of the CLEVR head ours.
+Called by evaluate.py. Checked in tests/test_probes_regions.py.
 """
 import copy
 import math
@@ -21,17 +26,29 @@ from torch import nn
 from tqdm import tqdm
 
 from plumbing.device import seed_all
-from probes import accuracy, knn_accuracy
+from probes import accuracy, knn_accuracy, row
 
-LINEAR_EPOCHS, LINEAR_DROPS, LINEAR_LR, LINEAR_DECAY = 28, (8, 16, 24), 0.01, 5e-4      # lr for a batch of 256
-CLS_EPOCHS, CLS_LR, CLS_DECAY = 100, 1e-3, 1e-2
-TUNE_EPOCHS, TUNE_WARMUP, TUNE_LR, TUNE_DECAY, LAYER_DECAY, SMOOTHING = 50, 5, 1e-3, 0.05, 0.65, 0.1     # lr for a batch of 512
+LINEAR_EPOCHS = 28
+LINEAR_DROPS = (8, 16, 24)      # epochs after which the rate is a tenth
+LINEAR_LR = 0.01                # for a batch of 256
+LINEAR_DECAY = 5e-4
+CLS_EPOCHS = 100
+CLS_LR = 1e-3
+CLS_DECAY = 1e-2
+TUNE_EPOCHS = 50
+TUNE_WARMUP = 5
+TUNE_LR = 1e-3                  # for a batch of 512
+TUNE_DECAY = 0.05
+LAYER_DECAY = 0.65              # of the rate, from one layer to the one below
+SMOOTHING = 0.1
 
+
+# ---------------------------------------------------------------- features
 
 class ImageFeatures(NamedTuple):
     """Frozen features of N images, on the CPU, float32."""
-    clean: torch.Tensor     # (1, N, 5D) of the images themselves: four blocks' mean patch tokens, the last normalised mean patch token
-    crops: torch.Tensor     # (S, N, 5D) of random crops; empty if none were asked for
+    clean: torch.Tensor     # (1, N, 5D) mean patch tokens of four blocks and of the output
+    crops: torch.Tensor     # (S, N, 5D) the same of random crops; empty if none were asked for
     cls: torch.Tensor       # (1, N, D) the last [CLS]; D = 0 if there is none
     labels: torch.Tensor    # (N,)
 
@@ -44,43 +61,66 @@ class ImageFeatures(NamedTuple):
 
 
 @torch.inference_mode()
-def extract_images(model, views, device, *, samplings=0, seed=0, batch_size=256, index=None, amp=False, what="features"):
-    """ImageFeatures of the images `index` (all if None) by the target encoder, under eval().  samplings: random crops of each."""
-    vit, was_training = model.representation, model.training
-    model.eval()
+def extract_images(model, views, device, *, samplings=0, seed=0, batch_size=256, index=None,
+                   amp=False, what="features"):
+    """ImageFeatures of the images `index` (all if None) by the target encoder, under eval().
+
+    samplings: random crops of each.  amp: bfloat16 autocast.  what: words for the progress bar."""
     index = torch.arange(len(views)) if index is None else index
-
-    def encode(images):
-        C = int(vit.cls_token is not None)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            *blocks, last = vit(images, keep=tuple(range(max(1, vit.depth - 3), vit.depth + 1)))
-        blocks = [blocks[0]] * (4 - len(blocks)) + blocks                         # a ViT of fewer than four blocks
-        pooled = torch.cat([x[:, C:].float().mean(1) for x in (*blocks, last)], dim=1)
-        return pooled.cpu(), last[:, :C].flatten(1).float().cpu()
-
-    passes = [[] for _ in range(1 + samplings)]
-    labels = []
-    for s, rows in enumerate(passes):
-        for i, some in enumerate(tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{1 + samplings}", leave=False)):
+    was_training = model.training
+    model.eval()
+    pooled = []             # of the images themselves, then of each sampling of crops: (N, 5D)
+    cls = []                # likewise: (N, D)
+    for s in range(1 + samplings):
+        batches = []
+        bar = tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{1 + samplings}", leave=False)
+        for i, some in enumerate(bar):
             seed_all(seed, 4, s, i)
-            rows.append(encode(views.clean(some) if s == 0 else views(some).views[:, 0]))
-            if s == 0:
-                labels.append(views.labels[some].cpu())
+            images = views.clean(some) if s == 0 else views(some).views[:, 0]
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                batches.append(pool(model.representation, images))
+        means, tokens = zip(*batches)
+        pooled.append(torch.cat(means))
+        cls.append(torch.cat(tokens))
     model.train(was_training)
-    pooled, cls = (torch.stack([torch.cat(column) for column in columns]) for columns in zip(*[zip(*rows) for rows in passes]))
-    return ImageFeatures(pooled[:1], pooled[1:], cls[:1], torch.cat(labels))
+    pooled = torch.stack(pooled)
+    return ImageFeatures(pooled[:1], pooled[1:], cls[0][None], views.labels[index].cpu())
 
 
-def measure_features(model, setup):
-    """Features of both splits: of the images themselves, and of crops of the training images if the linear probe asks for them."""
-    return [extract_images(model, setup.views[split], setup.device, samplings=samplings, seed=setup.seed + i, amp=setup.amp, what=f"{split} features")
-            for i, (split, samplings) in enumerate((("train", setup.samplings if "linear" in setup.probes else 0), ("val", 0)))]
+def pool(vit, images):
+    """images (b, 3, S, S) -> mean patch tokens of the last four blocks and of the output (b, 5D).
+
+    And the output's [CLS] (b, D), or (b, 0) if there is none; both on the CPU."""
+    C = int(vit.cls_token is not None)
+    last_four = range(max(1, vit.depth - 3), vit.depth + 1)
+    *blocks, output = vit(images, keep=tuple(last_four))
+    missing = 4 - len(blocks)
+    blocks = missing * [blocks[0]] + blocks                 # a ViT of fewer than four blocks
+    means = [tokens[:, C:].float().mean(1) for tokens in (*blocks, output)]
+    return torch.cat(means, dim=1).cpu(), output[:, :C].flatten(1).float().cpu()
 
 
-def fit_classifier(head, x, y, optimizer, lr_at_epoch, epochs, *, batch_size=256, seed=0, loss=F.cross_entropy):
-    """Train `head` on x (S, N, d), y (N,): epoch e sees sampling e mod S at learning rate lr_at_epoch(e)."""
+def measure_images(model, setup):
+    """Features of both splits: of the images, and of training crops if the linear probe asks."""
+    def features(split, samplings, seed):
+        return extract_images(model, setup.views[split], setup.device, samplings=samplings,
+                              seed=seed, amp=setup.amp, what=f"{split} features")
+
+    crops = setup.samplings if "linear" in setup.probes else 0
+    train = features("train", crops, setup.seed)
+    val = features("val", 0, setup.seed + 1)
+    return train, val
+
+
+# ---------------------------------------------------------------- heads on frozen features
+
+def fit_classifier(head, x, y, optimizer, lr_at_epoch, epochs, *, batch_size=256, seed=0,
+                   loss=F.cross_entropy):
+    """Train `head` on x (S, N, d), y (N,): epoch e sees sampling e mod S.
+
+    lr_at_epoch: e -> learning rate.  The features of a large data set stay in host memory."""
     seed_all(seed)
-    device = next(head.parameters()).device                                       # features of a large data set stay in host memory
+    device = next(head.parameters()).device
     for module in head.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -88,99 +128,160 @@ def fit_classifier(head, x, y, optimizer, lr_at_epoch, epochs, *, batch_size=256
         for group in optimizer.param_groups:
             group["lr"] = lr_at_epoch(epoch)
         for rows in torch.randperm(x.shape[1]).split(batch_size):
-            if len(rows) > 1:                                                     # BatchNorm needs two
-                optimizer.zero_grad(set_to_none=True)
-                loss(head(x[epoch % len(x)].index_select(0, rows).to(device)), y[rows].to(device)).backward()
-                optimizer.step()
+            if len(rows) == 1:                      # BatchNorm needs two
+                continue
+            optimizer.zero_grad(set_to_none=True)
+            output = head(x[epoch % len(x)].index_select(0, rows).to(device))
+            loss(output, y[rows].to(device)).backward()
+            optimizer.step()
     return head.eval()
 
 
-def probe_linear(train, val, setup):
-    """Top-1 of a linear head behind a BatchNorm, SGD with Nesterov momentum, 28 epochs, rate / 10 at 8, 16, 24."""
-    epochs, D = setup.probe_epochs or LINEAR_EPOCHS, train.clean.shape[2] // 5
-    x, y = train.crops[:, :, :4 * D], train.labels
-    head = nn.Sequential(nn.BatchNorm1d(4 * D, affine=False, eps=1e-6), nn.Linear(4 * D, len(setup.views["val"].classes))).to(setup.device)
-    optimizer = torch.optim.SGD(head.parameters(), lr=LINEAR_LR, momentum=0.9, nesterov=True, weight_decay=LINEAR_DECAY)
+def probe_linear(model, train, val, setup):
+    """Top-1 of a linear head behind a BatchNorm; SGD, 28 epochs, rate / 10 after 8, 16, 24."""
+    D = train.clean.shape[2] // 5
+    x = train.crops[:, :, :4 * D]
+    x_val = val.clean[0, :, :4 * D]
+    classes = len(setup.views["val"].classes)
+    epochs = setup.probe_epochs or LINEAR_EPOCHS
     drops = [drop * epochs / LINEAR_EPOCHS for drop in LINEAR_DROPS]
-    head = fit_classifier(head, x, y, optimizer, lambda e: LINEAR_LR * 0.1 ** sum(e >= drop for drop in drops), epochs, seed=setup.seed).cpu()
-    yield setup.row("linear", "class", "last 4 blocks, mean patch", "BatchNorm, linear, SGD", epochs, "top-1 %",
-                    accuracy(head, val.clean[0, :, :4 * D], val.labels))
+
+    def rate(epoch):
+        return LINEAR_LR * 0.1 ** sum(epoch >= drop for drop in drops)
+
+    head = nn.Sequential(nn.BatchNorm1d(4 * D, affine=False, eps=1e-6), nn.Linear(4 * D, classes))
+    head = head.to(setup.device)
+    optimizer = torch.optim.SGD(head.parameters(), lr=LINEAR_LR, momentum=0.9, nesterov=True,
+                                weight_decay=LINEAR_DECAY)
+    head = fit_classifier(head, x, train.labels, optimizer, rate, epochs, seed=setup.seed).cpu()
+    yield row("linear", "class", "last 4 blocks, mean patch", "BatchNorm, linear, SGD", epochs,
+              "top-1 %", accuracy(head, x_val, val.labels))
 
 
-def probe_cls(train, val, setup):
-    """Top-1 of a linear head on the last [CLS], AdamW on a cosine: the paper's CLEVR protocol (0.A.1.3)."""
-    if not train.cls.shape[2]:
+def probe_cls(model, train, val, setup):
+    """Top-1 of a linear head on the last [CLS], AdamW on a cosine: the CLEVR protocol (0.A.1.3)."""
+    D = train.cls.shape[2]
+    if D == 0:
         return
+    classes = len(setup.views["val"].classes)
     epochs = setup.probe_epochs or CLS_EPOCHS
-    x, y = train.cls, train.labels
-    head = nn.Linear(x.shape[2], len(setup.views["val"].classes)).to(setup.device)
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=CLS_DECAY)
-    head = fit_classifier(head, x, y, optimizer, lambda e: CLS_LR * (1 + math.cos(math.pi * e / epochs)) / 2, epochs,
-                          seed=setup.seed).cpu()
-    yield setup.row("cls", "class", "[CLS]", "linear, AdamW", epochs, "top-1 %", accuracy(head, val.cls[0], val.labels))
 
+    def rate(epoch):
+        return CLS_LR * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    head = nn.Linear(D, classes).to(setup.device)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=CLS_DECAY)
+    head = fit_classifier(head, train.cls, train.labels, optimizer, rate, epochs, seed=setup.seed)
+    yield row("cls", "class", "[CLS]", "linear, AdamW", epochs, "top-1 %",
+              accuracy(head.cpu(), val.cls[0], val.labels))
+
+
+# ---------------------------------------------------------------- fine-tuning
 
 class Classifier(nn.Module):
     """A ViT and a linear head on its mean patch token: (B, 3, S, S) -> (B, classes)."""
 
     def __init__(self, vit, classes):
         super().__init__()
-        self.vit, self.head = copy.deepcopy(vit).requires_grad_(True), nn.Linear(vit.dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)                         # MAE: start from nothing but the features
+        self.vit = copy.deepcopy(vit).requires_grad_(True)
+        self.head = nn.Linear(vit.dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)   # MAE: start from nothing but features
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
         tokens, = self.vit(images)
-        return self.head(tokens[:, int(self.vit.cls_token is not None):].mean(1))
+        C = int(self.vit.cls_token is not None)
+        return self.head(tokens[:, C:].mean(1))
+
+    def layer(self, name):
+        """Layer of the parameter of this name: 0 patches, then the blocks, last norm and head."""
+        if name.startswith("vit.blocks."):
+            return int(name.split(".")[2]) + 1
+        if name.startswith(("head", "vit.norm")):
+            return self.vit.depth + 1
+        return 0
 
     def groups(self):
-        """One parameter group per layer, its rate multiplied by LAYER_DECAY for every layer above it; no decay on biases and norms."""
-        depth, groups = self.vit.depth, {}
-        for name, p in self.named_parameters():
-            number = int(name.split(".")[2]) + 1 if name.startswith("vit.blocks.") else depth + 1 if name.startswith(("head", "vit.norm")) else 0
-            decay = TUNE_DECAY if p.ndim > 1 else 0.0
-            groups.setdefault((number, decay), dict(params=[], scale=LAYER_DECAY ** (depth + 1 - number), weight_decay=decay))["params"].append(p)
+        """One parameter group per layer, its rate LAYER_DECAY of the layer's above it.
+
+        Biases and norms are not decayed and form a group of their own."""
+        groups = {}
+        for name, parameter in self.named_parameters():
+            layer = self.layer(name)
+            decay = TUNE_DECAY if parameter.ndim > 1 else 0.0
+            if (layer, decay) not in groups:
+                scale = LAYER_DECAY ** (self.vit.depth + 1 - layer)
+                groups[layer, decay] = dict(params=[], scale=scale, weight_decay=decay)
+            groups[layer, decay]["params"].append(parameter)
         return list(groups.values())
 
 
 def tuning_rate(step, steps):
-    """Share of the peak rate: linear over the first tenth of the steps (5 of 50 epochs), then a cosine to zero."""
+    """Share of the peak rate: linear over 5 of 50 epochs, then a cosine to zero."""
     warmup = steps * TUNE_WARMUP / TUNE_EPOCHS
-    return (step + 1) / warmup if step + 1 < warmup else 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+    if step + 1 < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
 
 
-def probe_finetune(train, val, setup):
-    """Top-1 after training everything (Table 1's second column): AdamW, rates falling with depth, label smoothing, crops and flips."""
+def probe_finetune(model, train, val, setup):
+    """Top-1 after training everything (Table 1's second column)."""
     seed_all(setup.seed)
-    views, epochs, batch_size = setup.views["train"], setup.probe_epochs or TUNE_EPOCHS, min(512, len(setup.views["train"]))
-    net = Classifier(setup.model.representation, len(setup.views["val"].classes)).to(setup.device).train()
+    classes = len(setup.views["val"].classes)
+    epochs = setup.probe_epochs or TUNE_EPOCHS
+    net = Classifier(model.representation, classes).to(setup.device)
+    finetune(net.train(), setup.views["train"], epochs, setup)
+    yield row("finetune", "class", "mean patch token, all weights", "linear, AdamW", epochs,
+              "top-1 %", top1(net.eval(), setup.views["val"]))
+
+
+def finetune(net, views, epochs, setup):
+    """Train a Classifier: AdamW, rates that fall with depth, label smoothing, crops and flips."""
+    device = setup.device
+    batch_size = min(512, len(views))
+    epoch_steps = len(views) // batch_size
+    steps = epochs * epoch_steps
     optimizer = torch.optim.AdamW(net.groups(), betas=(0.9, 0.999))
-    steps = len(views) // batch_size
-    for step in tqdm(range(epochs * steps), desc="fine-tuning", leave=False):
-        epoch, i = divmod(step, steps)
-        rate = tuning_rate(step, epochs * steps)
+    for step in tqdm(range(steps), desc="fine-tuning", leave=False):
+        epoch, i = divmod(step, epoch_steps)
+        rate = tuning_rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = TUNE_LR * batch_size / 512 * rate * group["scale"]
         seed_all(setup.seed, epoch)
         rows = torch.randperm(len(views))[i * batch_size:(i + 1) * batch_size]
         seed_all(setup.seed, epoch, i + 1)
         batch = views(rows)
-        flip = torch.rand(len(rows), 1, 1, 1, device=setup.device) < 0.5
-        images = torch.where(flip, batch.views[:, 0].flip(3), batch.views[:, 0])
-        with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.amp):
+        images = batch.views[:, 0]
+        flip = torch.rand(len(rows), 1, 1, 1, device=device) < 0.5
+        images = torch.where(flip, images.flip(3), images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=setup.amp):
             logits = net(images)
+        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=SMOOTHING)
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), batch.labels, label_smoothing=SMOOTHING).backward()
+        loss.backward()
         optimizer.step()
-    net.eval()
-    with torch.inference_mode():
-        right = sum((net(setup.views["val"].clean(some)).argmax(1) == setup.views["val"].labels[some].to(setup.device)).sum()
-                    for some in torch.arange(len(setup.views["val"])).split(256))
-    yield setup.row("finetune", "class", "mean patch token, all weights", "linear, AdamW", epochs, "top-1 %", 100 * right.item() / len(setup.views["val"]))
 
 
-def online_regions(model, views, config, device, some):
-    """Top-1 of k-NN on the mean patch token and on [CLS] (NaN without one).  some: {split: indices}."""
-    train, val = (extract_images(model, views[split], device, index=some[split]) for split in ("train", "val"))
-    values = [knn_accuracy(x[0], train.labels, x_val[0], val.labels) for (_, x), (_, x_val) in zip(train.named(), val.named())]
-    return (*values, float("nan"))[:2]
+@torch.inference_mode()
+def top1(net, views):
+    """Top-1 of a Classifier in per cent, on the images themselves."""
+    right = 0
+    for some in torch.arange(len(views)).split(256):
+        right += (net(views.clean(some)).argmax(1) == views.labels_of(some)).sum()
+    return 100 * right.item() / len(views)
+
+
+# ---------------------------------------------------------------- while training
+
+def online_regions(model, setup, some):
+    """k-NN top-1 of the mean patch token and of [CLS], NaN without one.
+
+    some: {split: indices (n,) of samples}."""
+    train = extract_images(model, setup.views["train"], setup.device, index=some["train"])
+    val = extract_images(model, setup.views["val"], setup.device, index=some["val"])
+    values = []
+    for (_, x), (_, x_val) in zip(train.named(), val.named()):
+        values.append(knn_accuracy(x[0], train.labels, x_val[0], val.labels))
+    knn_patches = values[0]
+    knn_cls = values[1] if len(values) > 1 else float("nan")
+    return knn_patches, knn_cls

@@ -1,17 +1,21 @@
 """The table: every probe of a mode, on features of the frozen model, beside a random twin; and clear refusals."""
+import csv
+import dataclasses
 import json
 
 import pytest
 import torch
 from test_train import command
 
+import config as settings
 import datasets
 import evaluate
 import figures
-import paper
+import probes
 import train
 from build import build_model, build_views
 from plumbing import runs
+from plumbing.errors import BadInput
 from plumbing.runs import load_checkpoint
 
 CPU = torch.device("cpu")
@@ -48,7 +52,10 @@ def test_evaluation_leaves_the_checkpoint_s_model_untouched(trained, monkeypatch
     run = trained("saccade")
     seen = []
     original = evaluate.measure
-    monkeypatch.setattr(evaluate, "measure", lambda model, setup: seen.append(model) or original(model, setup))
+    def measure(model, *rest):
+        seen.append(model)
+        return original(model, *rest)
+    monkeypatch.setattr(evaluate, "measure", measure)
     assert evaluate.main([str(run / "last.pt"), "--probe-epochs", "1", "--samplings", "1"]) == 0
     saved = load_checkpoint(run / "last.pt")["model"]
     assert all(torch.equal(v, saved[k]) for k, v in seen[0].state_dict().items())
@@ -68,22 +75,72 @@ def test_untrained_twin_has_initial_weights_and_settled_statistics(make_config, 
 
 
 def test_heads_and_epochs_are_the_paper_s():
-    assert {k: e for k, (_, e) in evaluate.HEADS.items()} == {"linear classifier": 300, "mlp": 300, "linear": 50}
-    assert {k for k, v in evaluate.REGRESSORS.items() if v == "mlp"} == {"rotation", "crop", "jitter"}
+    epochs = {kind: epochs for kind, (_, epochs) in probes.HEADS.items()}
+    assert epochs == {"linear classifier": 300, "mlp": 300, "linear": 50}
+    heads = {}
+    for mode, rules in evaluate.PROTOCOLS.items():
+        assert rules.heads.keys() == settings.MODES[mode].groups.keys()
+        heads |= rules.heads
+    assert {part for part, kind in heads.items() if kind == "mlp"} == {"rotation", "crop", "jitter"}
+    assert set(heads.values()) <= probes.HEADS.keys()
 
 
-def test_paper_s_numbers_name_rows_that_exist():
-    """A typo in a key would silently drop the comparison."""
-    for (dataset, mode, condition, M), numbers in paper.SEQ_JEPA.items():
-        for probe, predicts, features in numbers:
-            assert probe in evaluate.APPLIES[mode] and predicts in ("class", *evaluate.REGRESSORS)
-            if "M=" in features:
-                assert int(features.split("M=")[1].split(",")[0]) in evaluate.LENGTHS[mode]
+def test_every_mode_has_a_row_and_every_row_names_probes_that_exist():
+    assert evaluate.PROTOCOLS.keys() == settings.MODES.keys()
+    named = set()
+    for rules in evaluate.PROTOCOLS.values():
+        named |= {*rules.probes, *rules.on_request}
+    assert named == evaluate.PROBES.keys()
+
+
+def test_a_mode_without_a_row_is_refused():
+    with pytest.raises(BadInput, match=r"^mode shift has no row in evaluate.PROTOCOLS; add one"):
+        evaluate.protocol("shift")
+
+
+def test_papers_csv_names_settings_and_rows_that_exist():
+    """A typo in a line would silently drop the comparison."""
+    with open(evaluate.PAPERS, newline="") as file:
+        lines = list(csv.DictReader(file))
+    seen = set()
+    for line in lines:
+        dataset, mode, method, encoder, condition, views = (line[name] for name in evaluate.VARIED)
+        assert (dataset, mode) in settings.PRESETS and method in settings.MODES[mode].methods
+        assert encoder in settings.ENCODERS[method]
+        assert condition in ("", *settings.MODES[mode].conditions) and (not views or int(views) > 0)
+        rules = evaluate.PROTOCOLS[mode]
+        assert line["probe"] in (*rules.probes, *rules.on_request)
+        assert line["predicts"] in ("class", *rules.heads)
+        if "M=" in line["from"]:
+            assert int(line["from"].split("M=")[1].split(",")[0]) in rules.lengths
+        assert 0 < float(line["value"]) < 100
+        assert "JEPA Table" in line["source"] or "JEPA B.2" in line["source"]
+        seen.add(tuple(v for name, v in line.items() if name not in ("value", "source")))
+    assert len(seen) == len(lines) == 61                    # none says again what another says
+
+
+def test_the_paper_s_numbers_are_beside_the_paper_s_settings_alone():
+    config = settings.Config(**settings.preset("stl10", "saccade"))
+    published = evaluate.paper_numbers(config)
+    assert published == {
+        ("classify", "class", "z"): 81.20, ("classify", "class", "z_agg M=1"): 71.45,
+        ("classify", "class", "z_agg M=4"): 83.44, ("classify", "class", "z_agg M=6"): 84.12}
+    blind = evaluate.paper_numbers(dataclasses.replace(config, condition="none"))
+    assert blind.keys() < published.keys() and blind["classify", "class", "z"] == 61.38
+    for other in (dict(views=3), dict(epochs=1), dict(limit=9), dict(saliency="uniform"),
+                  dict(ior=False), dict(width=16)):
+        assert evaluate.paper_numbers(dataclasses.replace(config, **other)) == {}
+    assert evaluate.paper_numbers(settings.Config(**settings.preset("solids", "saccade"))) == {}
+    large = settings.Config(**settings.preset("imagenet", "regions") | dict(encoder="vit-huge"))
+    assert evaluate.paper_numbers(large) == {}
+    large = dataclasses.replace(large, image_size=448, epochs=300)
+    assert list(evaluate.paper_numbers(large).values()) == [82.4, 87.8]
 
 
 def test_table_is_aligned_and_says_what_is_missing():
-    rows = [evaluate.row("classify", "class", "z", "linear classifier", 300, "top-1 %", 81.234) | dict(untrained=20.0, paper=81.2),
-            evaluate.row("action", "position", "z_1, z_2", "linear", 50, "R2", 0.5) | dict(untrained=-0.01, paper=None)]
+    top1 = probes.row("classify", "class", "z", "linear classifier", 300, "top-1 %", 81.234)
+    score = probes.row("action", "position", "z_1, z_2", "linear", 50, "R2", 0.5)
+    rows = [top1 | dict(untrained=20.0, paper=81.2), score | dict(untrained=-0.01, paper=None)]
     lines = evaluate.table(rows).splitlines()
     assert "81.2" in lines[1] and "0.500" in lines[2] and "-0.010" in lines[2] and lines[2].endswith("-")
     assert len({line.index(unit) for line, unit in zip(lines, ("unit", "top-1 %", "R2"))}) == 1
@@ -137,7 +194,7 @@ def test_multiply_adds_are_those_of_b6():
     def cost(patch, M):
         config = Config(mode="saccade", image_size=224, patch_size=patch)
         views = lambda index, M: SimpleNamespace(views=torch.zeros(2, M + 1, 3, patch, patch), actions=torch.zeros(2, M, 2))
-        return evaluate.multiply_adds(build_model(config, {"position": slice(0, 2)}), views, M) / 1e9
+        return probes.multiply_adds(build_model(config, {"position": slice(0, 2)}), views, M) / 1e9
     assert cost(84, 4) == pytest.approx(1.25, abs=0.01)
     assert cost(32, 8) == pytest.approx(4.56, abs=0.01) and cost(32, 4) == pytest.approx(2.29, abs=0.01)
 
@@ -224,7 +281,7 @@ def test_all_heads_beat_noise_on_informative_features(make_config):
     """End to end of one row: features that contain the class and the action are read out, pure noise is not."""
     from types import SimpleNamespace
 
-    from probes import Features
+    from probes import Features, Setup
     def features(n, informative):
         y = torch.randint(0, 3, (n,))
         action = torch.randn(1, n, 1, 2)
@@ -234,9 +291,9 @@ def test_all_heads_beat_noise_on_informative_features(make_config):
             z[0, :, 1, 3:5] = z[0, :, 0, 3:5] + action[0, :, 0]
         return Features(z[:, :, 0], z, action, action, torch.randn(1, n, 2, 2), y, {1: z[:, :, 0]}, {}, {})
     views = SimpleNamespace(groups={"position": slice(0, 2)}, classes=["a", "b", "c"])
-    setup = SimpleNamespace(views={"val": views}, probe_epochs=600, quick=False, seed=0, device=CPU)
+    setup = Setup(views={"val": views}, device=CPU, seed=0, M_train=1, probe_epochs=600)
     for informative in (True, False):
         pair = features(900, informative), features(300, informative)
-        top1 = next(evaluate.probe_classify(*pair, setup))["value"]
-        score = next(evaluate.probe_action(*pair, setup))["value"]
+        top1 = next(probes.probe_classify(None, *pair, setup))["value"]
+        score = next(probes.probe_action(None, *pair, setup))["value"]
         assert (top1 > 90 and score > 0.9) if informative else (top1 < 50 and score < 0.1)

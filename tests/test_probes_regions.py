@@ -10,7 +10,6 @@ from torch import nn
 
 import config as settings
 import evaluate
-import paper
 import probes_regions
 import train
 from build import build_model, build_views
@@ -51,7 +50,7 @@ def test_without_cls_there_is_no_cls_row(setting):
     model, views = setting(cls=False, regions="random")
     features = extract_images(model, views, torch.device("cpu"))
     assert [name for name, _ in features.named()] == ["mean patch token"] and features.crops.numel() == 0
-    assert list(probes_regions.probe_cls(features, features, None)) == []
+    assert list(probes_regions.probe_cls(model, features, features, None)) == []
 
 
 def test_linear_probe_rates_fall_tenfold_at_8_16_24_of_28_epochs():
@@ -119,8 +118,9 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
     assert [(r["probe"], r["from"]) for r in rows] == [
         ("linear", "last 4 blocks, mean patch"), ("knn", "mean patch token"), ("knn", "[CLS]"), ("cls", "[CLS]"), ("finetune", "mean patch token, all weights")]
     config = settings.Config(**settings.preset("imagenet", "regions"))
-    published = paper.paper_numbers(config)
-    assert not any(paper.paper_numbers(dataclasses.replace(config, **other)) for other in (dict(epochs=1), dict(limit=9), dict(regions="random")))
+    published = evaluate.paper_numbers(config)
+    for other in (dict(epochs=1), dict(limit=9), dict(regions="random")):
+        assert evaluate.paper_numbers(dataclasses.replace(config, **other)) == {}
     assert list(published.values()) == [73.5, 84.0] and set(published) <= {(r["probe"], r["predicts"], r["from"]) for r in rows}
     assert all(0 <= r["value"] <= 100 and 0 <= r["untrained"] <= 100 for r in rows)
     assert {"regions.png", "steps.png", "clusters.png", "curves.png", "report.html", "encoder.pt"} <= {p.name for p in run.iterdir()}
