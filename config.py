@@ -253,6 +253,17 @@ def from_command_line(argv=None):
     return config
 
 
+def config_of(checkpoint, **changes):
+    """The Config stored in a checkpoint, with `changes`.
+
+    Raises: BadInput if it has settings that this code does not know."""
+    unknown = checkpoint["config"].keys() - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise BadInput("the checkpoint has settings that this code does not know "
+                       f"({', '.join(sorted(unknown))}); use the code it was made with")
+    return dataclasses.replace(Config(**checkpoint["config"]), **changes)
+
+
 def readers(field):
     """Settings under which a field of Config is read, {"mode": (...)} for example; {} = always."""
     modes = tuple(mode for mode, views in MODES.items() if field in views.reads)

@@ -17,6 +17,7 @@ Checked in tests/test_evaluate.py.
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -36,7 +37,7 @@ from plumbing.device import pick_device, seed_all
 from plumbing.errors import BadInput
 from plumbing.files import save_atomically
 from plumbing.report import write_report
-from plumbing.runs import config_of, load_checkpoint, restore
+from plumbing.runs import load_checkpoint, restore
 
 PAPERS = Path(__file__).with_name("papers.csv")
 SETTLE_BATCHES = 20
@@ -90,7 +91,8 @@ PROTOCOLS = {
         probes=(*SEQUENCES.probes, "path"),
         on_request=("transfer",),
         lengths=(1, 4, 6),
-        heads={"position": "linear"}),
+        heads={"position": "linear"},
+        draw=functools.partial(figures.draw_all, draw_views=figures.draw_scanpaths)),
     "rotation": dataclasses.replace(                                                    # Table 1
         SEQUENCES,
         probes=(*SEQUENCES.probes, "path", "invariance", "retrieval"),
@@ -282,7 +284,7 @@ def run_config(checkpoint, options):
     if options.data_dir and not options.dataset:
         # Where the run's data moved to: a wrong folder is to be said, not filled.
         changes["download"] = False
-    return config_of(checkpoint, **changes)
+    return settings.config_of(checkpoint, **changes)
 
 
 def choose_probes(options, config):

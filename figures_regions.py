@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 
 from build import build_model, build_views
+from config import config_of
 from dseq_jepa import sequential
 from figures import BLUE, CYCLE, bare, plt, save, spread, title_columns, to_pixels
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
-from plumbing.runs import config_of, load_checkpoint, restore
+from plumbing.runs import load_checkpoint, restore
 from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
 
 STEP_IMAGES = 10_000            # as Fig. 4

@@ -412,17 +412,3 @@ def online_views(model, setup, some):
 
 
 # ---------------------------------------------------------------- the health of features
-
-def feature_std(z):
-    """Spread of features (n, D): std per dimension of the L2-normalised z, times sqrt(D).
-
-    1 is healthy, 0 collapsed."""
-    z = F.normalize(z.detach().float(), dim=1)
-    return (z.std(0).mean() * z.shape[1] ** 0.5).item()
-
-
-def effective_rank(z):
-    """RankMe (Garrido et al., 2023) of features (n, D): exp of their singular values' entropy."""
-    s = torch.linalg.svdvals(z.detach().float())
-    p = s / s.sum().clamp_min(1e-12)
-    return torch.exp(-(p * torch.log(p + 1e-12)).sum()).item()

@@ -1,1 +1,1 @@
-"""Nothing of the papers is in here: how a run is kept whole on disk, resumed, and spread over processes."""
+"""Nothing of the papers is in here: how a run is kept whole, resumed, and spread over processes."""

@@ -10,10 +10,10 @@ Nothing in here is about JEPA. Checked in tests/test_train.py.
 import time
 
 import torch
+import torch.nn.functional as F
 
 from plumbing import distributed
 from plumbing.errors import BadInput
-from probes import effective_rank, feature_std
 
 HEALTH_ROWS = 4096          # features that spread and rank are computed from
 COLLAPSED_STD = 0.05        # below either, features have lost their content
@@ -87,3 +87,18 @@ def collapsed(row):
                     f"effective rank {rank:.1f}): a low loss means nothing now; lower --lr, "
                     "raise --ema, or, but in mode regions, try --z-norm")
     return None
+
+
+def feature_std(z):
+    """Spread of features (n, D): std per dimension of the L2-normalised z, times sqrt(D).
+
+    1 is healthy, 0 collapsed."""
+    z = F.normalize(z.detach().float(), dim=1)
+    return (z.std(0).mean() * z.shape[1] ** 0.5).item()
+
+
+def effective_rank(z):
+    """RankMe (Garrido et al., 2023) of features (n, D): exp of their singular values' entropy."""
+    s = torch.linalg.svdvals(z.detach().float())
+    p = s / s.sum().clamp_min(1e-12)
+    return torch.exp(-(p * torch.log(p + 1e-12)).sum()).item()

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from config import Config
 from plumbing.errors import BadInput
 from plumbing.files import collect_parts, save_atomically
 
@@ -51,7 +50,7 @@ def open_run(config):
         print(f"--resume: {folder} has no checkpoint yet, beginning at step 0")
         return None
     checkpoint = load_checkpoint(folder / "last.pt")
-    defaults = dataclasses.asdict(Config())                 # for settings newer than the checkpoint
+    defaults = dataclasses.asdict(type(config)())           # for settings newer than the checkpoint
     before = defaults | checkpoint["config"]
     now = dataclasses.asdict(config)
     changed = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
@@ -147,17 +146,6 @@ def _advice(path):
     except BadInput:
         return f"nor can {previous} be, the checkpoint before it; delete the run and start it again"
     return f"the checkpoint before it is intact: mv {previous} {path}, then --resume"
-
-
-def config_of(checkpoint, **changes):
-    """The Config stored in a checkpoint, with `changes`.
-
-    Raises: BadInput if it has settings that this code does not know."""
-    unknown = checkpoint["config"].keys() - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise BadInput("the checkpoint has settings that this code does not know "
-                       f"({', '.join(sorted(unknown))}); use the code it was made with")
-    return dataclasses.replace(Config(**checkpoint["config"]), **changes)
 
 
 def restore(model, checkpoint):

@@ -18,10 +18,10 @@ import config as settings
 import train
 from build import build_model, build_views
 from images import Batch
-from plumbing import distributed, loop
-from plumbing.health import health
+from plumbing import distributed
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
+from plumbing.health import health
 from plumbing.runs import load_checkpoint
 
 PATIENCE = 400                      # seconds until ranks that wait for each other fail a test instead of hanging it

@@ -10,7 +10,7 @@ from test_train import command
 import config as settings
 import datasets
 import evaluate
-import figures
+import figures_runs
 import probes
 import train
 from build import build_model, build_views
@@ -183,7 +183,7 @@ def test_transfer_probes_another_data_set(trained, photos, tmp_path):
     one, three = result["rows"]                             # what draw_transfer reads
     assert one["patch_size"] == three["patch_size"] == 10 and one["gmac"] < three["gmac"] < 3 * one["gmac"]
     assert f"M=3, {three['gmac']:.3g}e9 MAC" in three["from"]
-    assert figures.draw_transfer([run / "probes-transfer-folder.json"], tmp_path / "transfer.png").exists()
+    assert figures_runs.draw_transfer([run / "probes-transfer-folder.json"], tmp_path / "transfer.png").exists()
 
 
 def test_multiply_adds_are_those_of_b6():

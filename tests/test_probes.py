@@ -9,9 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from build import build_model
 from probes import (
     accuracy,
-    effective_rank,
     extract,
-    feature_std,
     fit,
     knn_accuracy,
     linear_head,
@@ -126,16 +124,6 @@ def test_features_are_those_of_the_model_in_eval_mode(model_and_views):
             torch.testing.assert_close(features.z_clean[s], model.encoder(views.clean(torch.arange(len(views)))))
             assert torch.equal(features.actions[s], batch.actions) and torch.equal(features.params[s], batch.params)
     assert torch.equal(features.labels, views.labels) and not torch.equal(features.z[0], features.z[1])
-
-
-def test_effective_rank_and_spread_of_known_features():
-    spread = torch.randn(4000, 8)
-    assert effective_rank(spread) == pytest.approx(8, abs=0.1) and feature_std(spread) == pytest.approx(1, abs=0.05)
-    line = torch.randn(400, 1) * torch.ones(1, 8)
-    assert effective_rank(line) == pytest.approx(1, abs=0.01)
-    collapsed = torch.ones(400, 8) + 1e-4 * torch.randn(400, 8)
-    assert feature_std(collapsed) < 0.01
-    assert effective_rank(torch.zeros(5, 3)) < 4 and np.isfinite(feature_std(torch.zeros(5, 3)))
 
 
 def test_retrieval_ranks_by_hand():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from build import build_model
+from config import config_of
 from plumbing import files, runs
 from plumbing.errors import BadInput
 from plumbing.files import save_atomically
@@ -31,7 +32,7 @@ def saved(make_config):
 def test_checkpoint_round_trip(saved):
     config, model = saved
     checkpoint = load_checkpoint(config.run_dir / "last.pt")
-    assert checkpoint["step"] == 7 and runs.config_of(checkpoint) == config
+    assert checkpoint["step"] == 7 and config_of(checkpoint) == config
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in checkpoint["model"].items())
     encoder = torch.load(config.run_dir / "encoder.pt", weights_only=True)
     assert encoder.keys() == model.encoder.state_dict().keys()
@@ -327,5 +328,5 @@ def test_a_checkpoint_of_other_code_is_named_not_a_traceback(saved, capsys):
         with pytest.raises(BadInput) as error:
             torch.save(checkpoint | change, path, _use_new_zipfile_serialization=True)
             other = load_checkpoint(path)
-            runs.restore(build_model(runs.config_of(other), {"position": slice(0, 2)}), other)
+            runs.restore(build_model(config_of(other), {"position": slice(0, 2)}), other)
         assert words in str(error.value)

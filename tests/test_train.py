@@ -14,9 +14,9 @@ from same import same
 
 import train
 from build import build_model
-from plumbing.runs import load_checkpoint
 from plumbing import loop
 from plumbing.loop import epoch_order
+from plumbing.runs import load_checkpoint
 from train import build_optimizer, lr_at, tau_at, weight_decay_at
 
 ROOT = Path(__file__).resolve().parents[1]

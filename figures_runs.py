@@ -1,0 +1,121 @@
+"""Figures of several runs, from the JSON that evaluate.py wrote (seq-JEPA Figs. 8-12, 15).
+
+    draw_heatmap(files, path)       top-1 for every M_tr and M_val (Figs. 9-12)
+    draw_sweep(files, path)         R^2 and top-1 against M_tr (Fig. 8, left and middle)
+    draw_transfer(files, path)      transfer: top-1 against M_val and against its cost (Fig. 15)
+
+Nothing calls them but a user who has such files: docs/evaluation.md says how to make them.
+Checked in tests/test_figures_runs.py.
+"""
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from figures import CYCLE, by_length, legend_below, plt, save
+
+
+def draw_heatmap(files, path):
+    """Top-1 on z_agg for every M_tr (one probes.json each) and M_val (Figs. 9-12)."""
+    top1 = {}                                           # {(M_tr, M_val): per cent}
+    for result in map(_read, files):
+        for M_val, row in by_length(result["rows"], "classify"):
+            top1[result["config"]["views"], M_val] = row["value"]
+    trained = sorted({M_tr for M_tr, _ in top1})
+    probed = sorted({M_val for _, M_val in top1})
+    table = []
+    for M_tr in trained:
+        table.append([top1.get((M_tr, M_val), math.nan) for M_val in probed])
+
+    width = max(3.5, 1.5 + 0.9 * len(probed))           # room for the title
+    figure, axis = plt.subplots(figsize=(width, 1.3 + 0.7 * len(trained)), layout="constrained")
+    axis.imshow(table, cmap="viridis")
+    for y, values in enumerate(table):
+        for x, value in enumerate(values):
+            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="white",
+                      bbox=dict(facecolor="black", alpha=0.35, linewidth=0, pad=1.5))
+
+    axis.set(xticks=range(len(probed)), xticklabels=probed, xlabel="M_val",
+             yticks=range(len(trained)), yticklabels=trained, ylabel="M_tr",
+             title="top-1 on z_agg, % (as Figs. 9-12)")
+    return save(figure, path)
+
+
+def draw_sweep(files, path):
+    """R^2 of the action, and top-1 on z_agg at fixed M_val, against M_tr (Fig. 8, left and middle).
+
+    files: one probes.json a run. Each data set and condition has lines of its own.
+    Where runs differ in neither, nor in M_tr (seeds), the line joins their means."""
+    scores = defaultdict(lambda: defaultdict(list))     # {(setting, action): {M_tr: values}}
+    top1 = defaultdict(lambda: defaultdict(list))       # {(setting, M_val): {M_tr: values}}
+    for result in map(_read, files):
+        c = result["config"]
+        setting = f"{c['dataset']} {c['mode']}, condition {c['condition']}"
+        for row in result["rows"]:
+            if row["probe"] == "action":
+                scores[setting, row["predicts"]][c["views"]].append(row["value"])
+        for M_val, row in by_length(result["rows"], "classify"):
+            top1[setting, f"M_val {M_val}"][c["views"]].append(row["value"])
+    settings = sorted({setting for setting, _ in [*scores, *top1]})
+
+    height = 3.6 + 0.18 * max(len(scores), len(top1))      # a row of the legend for every line
+    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained")
+    _plot_means(axes[0], scores, several_settings=len(settings) > 1)
+    _plot_means(axes[1], top1, several_settings=len(settings) > 1)
+
+    axes[0].set_ylabel("R\u00b2 of the relative action, from z")
+    axes[1].set_ylabel("top-1 on z_agg, %")
+    which = f": {settings[0]}" if len(settings) == 1 else ""
+    figure.suptitle(f"Training length{which} (as Fig. 8, left and middle)", fontsize=11)
+    return save(figure, path)
+
+
+def _plot_means(axis, lines, several_settings):
+    """A dot for every value, a line through the means.  lines: {(setting, what): {M_tr: values}}"""
+    for i, ((setting, what), values) in enumerate(lines.items()):
+        colour = CYCLE[i % len(CYCLE)]
+        lengths = sorted(values)
+        means = [sum(values[M_tr]) / len(values[M_tr]) for M_tr in lengths]
+        label = f"{setting}: {what}" if several_settings else what
+        axis.plot(lengths, means, color=colour, label=label)
+        dots = [(M_tr, value) for M_tr in lengths for value in values[M_tr]]
+        axis.plot(*zip(*dots), "o", color=colour)
+    lengths = {M_tr for values in lines.values() for M_tr in values}
+    axis.set(xlabel="observed views in training, M_tr", xticks=sorted(lengths))
+    axis.grid(alpha=0.3)
+    if lines:
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5)
+
+
+def draw_transfer(files, path):
+    """Top-1 on another data set's classes (Fig. 15) against M_val, and against what it costs (B.6).
+
+    files: one probes-transfer-*.json a line."""
+    height = 3.6 + 0.18 * len(files)
+    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained", sharey=True)
+    for i, result in enumerate(map(_read, files)):
+        colour = CYCLE[i % len(CYCLE)]
+        measured = by_length(result["rows"], "transfer")
+        lengths = [M for M, _ in measured]
+        rows = [r for _, r in measured]
+        costs = [r["gmac"] for r in rows]
+        name = f"{result['config']['name']}, patches of {rows[0]['patch_size']} px"
+        trained = [r["value"] for r in rows]
+        untrained = [r["untrained"] for r in rows]
+        for axis, x in zip(axes, (lengths, costs)):
+            axis.plot(x, trained, "-o", color=colour, label=name)
+            axis.plot(x, untrained, ":", color=colour, label=f"{name}, untrained")
+
+    axes[0].set(xlabel="observed views M_val", ylabel="top-1 on z_agg, %")
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[1].set(xlabel="multiply-adds an image, billions")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    legend_below(figure, axes[0])
+    figure.suptitle(f"Transfer to {result['dataset']} (as Fig. 15)", fontsize=11)
+    return save(figure, path)
+
+
+def _read(file):
+    """What evaluate.py wrote."""
+    return json.loads(Path(file).read_text())
