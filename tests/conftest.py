@@ -19,9 +19,14 @@ def seeded():
 
 @pytest.fixture
 def make_config(tmp_path):
-    """Config of a data set and mode with a few fields changed; its data and runs live in tmp_path."""
+    """Config of a data set and mode with a few fields changed; its data and runs live in
+    tmp_path."""
     def make(dataset="folder", mode="saccade", **changes):
-        values = settings.preset(dataset, mode) | dict(data_dir=str(tmp_path / "data"), out=str(tmp_path / "runs")) | changes
+        values = (
+            settings.preset(dataset, mode)
+            | dict(data_dir=str(tmp_path / "data"), out=str(tmp_path / "runs"))
+            | changes
+        )
         return settings.check(settings.Config(**values))
     return make
 
@@ -32,8 +37,15 @@ def make_split():
     def make(n=12, size=24, seed=0, views=None, latents=None):
         shape = (n, 3, size, size) if views is None else (n, views, 3, size, size)
         images = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-        return Split([Part(images, "train", None, n)], np.arange(n) % 2, ["even", "odd"], (0.5, 0.4, 0.3), (0.2, 0.25, 0.3),
-                     dict(seed=seed, shape=shape), latents)
+        return Split(
+            [Part(images, "train", None, n)],
+            np.arange(n) % 2,
+            ["even", "odd"],
+            (0.5, 0.4, 0.3),
+            (0.2, 0.25, 0.3),
+            dict(seed=seed, shape=shape),
+            latents,
+        )
     return make
 
 
@@ -45,7 +57,11 @@ def photos(tmp_path_factory):
     ramp = np.linspace(0, 255, 20)[None, None, :] * np.ones((3, 20, 1))
     for i in range(40):
         kind = ("ramp", "noise")[i % 2]
-        image = ramp * rng.uniform(0.5, 1, (3, 1, 1)) if i % 2 == 0 else rng.uniform(0, 255, (3, 20, 20))
+        image = (
+            ramp * rng.uniform(0.5, 1, (3, 1, 1))
+            if i % 2 == 0
+            else rng.uniform(0, 255, (3, 20, 20))
+        )
         (root / kind).mkdir(exist_ok=True)
         Image.fromarray(image.astype(np.uint8).transpose(1, 2, 0)).save(root / kind / f"{i:02}.png")
     return root

@@ -22,7 +22,8 @@ def test_token_sequence_is_that_of_eq_3(aggregator):
     z, a = views_and_actions()
     tokens = aggregator.tokens(z, a)
     assert tokens.shape == (B, 1 + M, D + E)
-    for b in range(B):                                             # [AGG], (z_1, a_1), ..., (z_M, 0), written out
+    # [AGG], (z_1, a_1), ..., (z_M, 0), written out
+    for b in range(B):
         assert torch.equal(tokens[b, 0], aggregator.agg)
         for i in range(M - 1):
             assert torch.equal(tokens[b, 1 + i], torch.cat([z[b, i], a[b, i]]))
@@ -65,7 +66,12 @@ def test_one_sequence_does_not_see_another(aggregator):
 def test_paper_shape():
     aggregator = Aggregator(dim=512, action_dim=128)
     layers = aggregator.transformer.layers
-    assert len(layers) == 3 and layers[0].self_attn.num_heads == 4 and not layers[0].norm_first and aggregator.dim == 640
+    assert (
+        len(layers) == 3
+        and layers[0].self_attn.num_heads == 4
+        and not layers[0].norm_first
+        and aggregator.dim == 640
+    )
 
 
 def test_wrong_number_of_actions_is_said():

@@ -13,7 +13,8 @@ from attention import (
     unpack,
 )
 
-RANK = torch.tensor([[1, 0, 2, 1, 3], [0, 0, 0, 0, 0], [0, 2, 0, 2, 0]])      # the second image has no token at all
+# the second image has no token at all
+RANK = torch.tensor([[1, 0, 2, 1, 3], [0, 0, 0, 0, 0], [0, 2, 0, 2, 0]])
 
 
 def layout_of(rank, group=None):
@@ -22,7 +23,9 @@ def layout_of(rank, group=None):
 
 
 def test_sizes_are_totals_and_longest_rows_rounded_up():
-    assert sizes(RANK > 0, torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)) == [(6, 8), (0, 8), (6, 8)]
+    assert sizes(
+        RANK > 0, torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    ) == [(6, 8), (0, 8), (6, 8)]
 
 
 def test_indices_where_is_nonzero():
@@ -42,7 +45,8 @@ def test_the_example_that_arrange_draws():
 def test_order_and_slot_by_hand():
     layout = layout_of(RANK)
     assert layout.order.tolist() == [0, 2, 3, 4, 11, 13]          # row * 5 + place
-    assert layout.slot.tolist() == [0, 1, 2, 3, 16, 17]           # row * 8 + rank among the row's own
+    # row * 8 + rank among the row's own
+    assert layout.slot.tolist() == [0, 1, 2, 3, 16, 17]
     assert layout.mask.shape == (3, 1, 8, 8)
 
 
@@ -52,10 +56,17 @@ def test_mask_by_hand():
 
 
 def test_mask_tokens_see_earlier_context_and_their_own_group_only():
-    rank = torch.tensor([[1, 2, 1, 1, 2]])                        # context of ranks 1, 2; mask tokens of steps 1, 1, 2
+    # context of ranks 1, 2; mask tokens of steps 1, 1, 2
+    rank = torch.tensor([[1, 2, 1, 1, 2]])
     group = torch.tensor([[0, 0, 1, 1, 2]])
     see = layout_of(rank, group).mask[0, 0, :5, :5].int().tolist()
-    assert see == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert see == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 0, 1, 1, 0],
+        [1, 0, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
 
 
 @pytest.mark.parametrize("block", [Attention(16, 4), TransformerBlock(16, 4)])
@@ -85,7 +96,9 @@ def one_layer(block, x, query):
 def test_full_layout_is_no_layout():
     block, x = TransformerBlock(16, 2), torch.randn(2, 7, 16)
     layout = layout_of(torch.ones(2, 7, dtype=torch.long))
-    torch.testing.assert_close(block(x.flatten(0, 1), layout).view_as(x), block(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        block(x.flatten(0, 1), layout).view_as(x), block(x), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_no_token_at_all_is_finite():
@@ -101,9 +114,16 @@ def test_unpack_puts_tokens_in_their_places():
 
 def test_positions_tell_every_patch_apart_and_follow_the_formula():
     positions = sincos_positions(16, 3, 5)
-    assert positions.shape == (15, 16) and torch.cdist(positions, positions).fill_diagonal_(9).min() > 0.1
-    row, column, i = 2, 3, 1                                       # patch 2 * 5 + 3, second frequency
+    assert (
+        positions.shape == (15, 16)
+        and torch.cdist(positions, positions).fill_diagonal_(9).min() > 0.1
+    )
+    # patch 2 * 5 + 3, second frequency
+    row, column, i = 2, 3, 1
     angle = column / 10_000 ** (i / 4), row / 10_000 ** (i / 4)
     expected = torch.tensor([angle[0], angle[0], angle[1], angle[1]])
     got = positions[13, [i, 4 + i, 8 + i, 12 + i]]
-    torch.testing.assert_close(got, torch.stack([expected[0].sin(), expected[1].cos(), expected[2].sin(), expected[3].cos()]))
+    torch.testing.assert_close(
+        got,
+        torch.stack([expected[0].sin(), expected[1].cos(), expected[2].sin(), expected[3].cos()]),
+    )

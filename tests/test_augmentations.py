@@ -1,4 +1,5 @@
-"""augmentations.py against torchvision.transforms.v2.functional, image by image, and against its own promises."""
+"""augmentations.py against torchvision.transforms.v2.functional, image by image, and against its
+own promises."""
 
 import itertools
 import math
@@ -13,7 +14,8 @@ from torchvision.transforms.v2 import functional as F
 
 import augmentations as A
 
-TOLERANCE = 3e-6  # float32 pixels in [0, 1], whose last bit is 6e-8; the largest difference seen is 1.5e-6
+# float32 pixels in [0, 1], whose last bit is 6e-8; the largest difference seen is 1.5e-6
+TOLERANCE = 3e-6
 ALWAYS = A.Recipe(jitter=1.0, grey=0.3, solarise=0.5, sigma=(0.1, 2.0))
 
 
@@ -22,7 +24,8 @@ def seeded(seed):
 
 
 def random_images(n, H, W, seed=0):
-    """Noise, smooth gradients, one-colour and grey images, black and white: every kind once in six."""
+    """Noise, smooth gradients, one-colour and grey images, black and white: every kind once in
+    six."""
     images = torch.rand(n, 3, H, W, generator=seeded(seed))
     images[1::6] = torch.linspace(0, 1, W) * images[1::6, :, :1, :1]
     images[2::6] = images[2::6, :, :1, :1]
@@ -44,7 +47,9 @@ def assert_close(ours, theirs):
 # torchvision's side, one image and plain Python numbers at a time
 
 def tv_crop(image, crop, flip, size):
-    view = F.resized_crop(image, *map(int, crop.tolist()), [size, size], InterpolationMode.BICUBIC, antialias=True)
+    view = F.resized_crop(
+        image, *map(int, crop.tolist()), [size, size], InterpolationMode.BICUBIC, antialias=True
+    )
     return (F.horizontal_flip(view) if flip else view).clamp(0, 1)
 
 
@@ -74,7 +79,9 @@ def tv_chain(image, crop, flip, jitter, order, grey, sigma, solarised, size):
 
 # every operation
 
-@pytest.mark.parametrize("H, W, size", [(32, 32, 32), (64, 64, 64), (37, 53, 32), (96, 40, 21), (20, 33, 64)])
+@pytest.mark.parametrize(
+    "H, W, size", [(32, 32, 32), (64, 64, 64), (37, 53, 32), (96, 40, 21), (20, 33, 64)]
+)
 def test_crop_and_flip(H, W, size):
     images = random_images(60, H, W)
     p = A.sample(60, (H, W), generator=seeded(1))
@@ -103,20 +110,25 @@ def test_one_jitter_operation(column, function, low, high):
     jitter = torch.tensor([1.0, 1, 1, 0]).repeat(60, 1)
     jitter[:, column] = values
     ours = A.colour_jitter(images, jitter, torch.arange(4).repeat(60, 1))
-    assert_close(ours, one_by_one(lambda image, value: function(image, value.item()), images, values))
+    assert_close(
+        ours, one_by_one(lambda image, value: function(image, value.item()), images, values)
+    )
 
 
 def test_jitter_in_all_24_orders():
     order = torch.tensor(list(itertools.permutations(range(4)))).repeat(5, 1)
     images = random_images(120, 32, 32)
-    jitter = 1 + 0.8 * (2 * torch.rand(120, 4, generator=seeded(2)) - 1)  # wide, so that clamping takes place
+    # wide, so that clamping takes place
+    jitter = 1 + 0.8 * (2 * torch.rand(120, 4, generator=seeded(2)) - 1)
     jitter[:, A.HUE] = (jitter[:, A.HUE] - 1) / 2
     ours = A.colour_jitter(images, jitter, order)
     assert_close(ours, one_by_one(tv_jitter, images, jitter, order))
     same_images, same_jitter = images[:1].repeat(24, 1, 1, 1), jitter[:1].repeat(24, 1)
     by_order = A.colour_jitter(same_images, same_jitter, order[:24]).flatten(1)
     distance = torch.cdist(by_order, by_order).fill_diagonal_(1)
-    assert (distance > 1e-3).sum() > 500, "the order must matter, or the comparison above shows little"
+    assert (distance > 1e-3).sum() > 500, (
+        "the order must matter, or the comparison above shows little"
+    )
 
 
 def test_saturation_zero_then_hue_stays_grey():
@@ -181,7 +193,9 @@ def test_identity_parameters_leave_the_image():
     off = A.Recipe(scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grey=0, blur=0)
     p = A.sample(12, 32, off, generator=seeded(6))
     assert_close(A.apply(images, p, 32), images)
-    assert torch.equal(A.parameters(p, 32), torch.tensor([[0, 0, 1, 1, 0, 0, 0, 0, 0]] * 12).float())
+    assert torch.equal(
+        A.parameters(p, 32), torch.tensor([[0, 0, 1, 1, 0, 0, 0, 0, 0]] * 12).float()
+    )
 
 
 def test_replay_is_bit_equal_and_views_do_not_depend_on_their_neighbours():
@@ -212,12 +226,20 @@ def test_apply_refuses_what_does_not_fit():
 # actions
 
 def test_parameters_are_scaled_by_constants():
-    p = A.Params(crop=torch.tensor([[8.0, 12, 16, 48]]), flip=torch.tensor([True]),
-                 jitter=torch.tensor([[1.4, 0.8, 0.9, -0.1]]), order=torch.tensor([[3, 1, 0, 2]]),
-                 grey=torch.tensor([True]), sigma=torch.tensor([0.5]), solarise=torch.tensor([True]))
+    p = A.Params(
+        crop=torch.tensor([[8.0, 12, 16, 48]]),
+        flip=torch.tensor([True]),
+        jitter=torch.tensor([[1.4, 0.8, 0.9, -0.1]]),
+        order=torch.tensor([[3, 1, 0, 2]]),
+        grey=torch.tensor([True]),
+        sigma=torch.tensor([0.5]),
+        solarise=torch.tensor([True]),
+    )
     expected = torch.tensor([[0.25, 0.1875, 0.5, 0.75, 1, -0.5, -0.5, -1, 0.25]])
     torch.testing.assert_close(A.parameters(p, (32, 64)), expected)
-    assert len(A.NAMES) == 9 and sorted(i for s in A.GROUPS.values() for i in range(9)[s]) == list(range(9))
+    assert len(A.NAMES) == 9 and sorted(i for s in A.GROUPS.values() for i in range(9)[s]) == list(
+        range(9)
+    )
 
 
 def test_parameter_ranges():
@@ -225,11 +247,17 @@ def test_parameter_ranges():
     values = A.parameters(p, (32, 48))
     lower = torch.tensor([0.0, 0, 0, 0, -1, -1, -1, -1, 0])
     assert (values >= lower - 1e-6).all() and (values <= 1 + 1e-6).all()
-    assert (values.amin(0) < lower + 0.21)[[0, 1, 4, 5, 6, 7, 8]].all() and (values.amax(0) > 0.79)[2:].all()
+    assert (values.amin(0) < lower + 0.21)[[0, 1, 4, 5, 6, 7, 8]].all() and (values.amax(0) > 0.79)[
+        2:
+    ].all()
 
 
 def augmentations(make_split, make_config, **changes):
-    return A.Augmentations(make_split(n=10, size=32), make_config(mode="augment", image_size=32, **changes), torch.device("cpu"))
+    return A.Augmentations(
+        make_split(n=10, size=32),
+        make_config(mode="augment", image_size=32, **changes),
+        torch.device("cpu"),
+    )
 
 
 def test_mode_returns_the_views_of_apply_normalised_and_their_parameters(make_split, make_config):
@@ -243,13 +271,16 @@ def test_mode_returns_the_views_of_apply_normalised_and_their_parameters(make_sp
     mean, std = torch.tensor(split.mean).view(3, 1, 1), torch.tensor(split.std).view(3, 1, 1)
     for v, recipe in enumerate([A.CONTEXT, A.CONTEXT, A.TARGET]):
         params = A.sample(3, 32, recipe)
-        torch.testing.assert_close(batch.views[:, v], (A.apply(images, params, 32) - mean) / std, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            batch.views[:, v], (A.apply(images, params, 32) - mean) / std, atol=1e-5, rtol=1e-5
+        )
         assert torch.equal(batch.params[:, v], A.parameters(params, 32))
     assert torch.equal(batch.actions, batch.params.diff(dim=1))
 
 
 def test_an_action_depends_on_its_own_two_views_only(make_split, make_config):
-    """More views drawn after the second do not move the action between the first two, as it does in the authors' code."""
+    """More views drawn after the second do not move the action between the first two, as it does in
+    the authors' code."""
     views, drawn = augmentations(make_split, make_config), []
     for M in (2, 3, 5):
         torch.manual_seed(1)
@@ -260,8 +291,15 @@ def test_an_action_depends_on_its_own_two_views_only(make_split, make_config):
 # sampling
 
 def test_recipes_are_equimods():
-    shared = dict(scale=(0.2, 1), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=0.8, half_range=(0.4, 0.4, 0.2, 0.1), grey=0.2,
-                  sigma=(0.1, 2))
+    shared = dict(
+        scale=(0.2, 1),
+        ratio=(3 / 4, 4 / 3),
+        flip=0.5,
+        jitter=0.8,
+        half_range=(0.4, 0.4, 0.2, 0.1),
+        grey=0.2,
+        sigma=(0.1, 2),
+    )
     assert A.CONTEXT._asdict() == dict(shared, blur=1, solarise=0)
     assert A.TARGET._asdict() == dict(shared, blur=0.1, solarise=0.2)
 
@@ -271,10 +309,15 @@ def test_probabilities(recipe):
     n = 20000
     p = A.sample(n, 32, recipe, generator=seeded(10))
     jittered = (p.jitter != torch.tensor([1.0, 1, 1, 0])).any(1)
-    happened = dict(flip=p.flip, jitter=jittered, grey=p.grey, blur=p.sigma > 0, solarise=p.solarise)
+    happened = dict(
+        flip=p.flip, jitter=jittered, grey=p.grey, blur=p.sigma > 0, solarise=p.solarise
+    )
     for name, flags in happened.items():
         probability = getattr(recipe, name)
-        assert binomtest(int(flags.sum()), n, probability).pvalue > 1e-3, (name, flags.float().mean())
+        assert binomtest(int(flags.sum()), n, probability).pvalue > 1e-3, (
+            name,
+            flags.float().mean(),
+        )
     pairs = np.corrcoef(torch.stack([p.flip, jittered, p.grey]).double().numpy())
     assert np.abs(pairs - np.eye(3)).max() < 4 / math.sqrt(n), "the draws must be independent"
 
@@ -288,7 +331,8 @@ def test_values_are_uniform_in_their_ranges():
     assert kstest(p.sigma.double().numpy(), "uniform", (0.1, 1.9)).pvalue > 1e-3
     counts = torch.unique(p.order, dim=0, return_counts=True)[1].double()
     assert len(counts) == 24
-    assert ((counts - 20000 / 24) ** 2 / (20000 / 24)).sum() < 49.7  # chi-square, 23 degrees of freedom, p = 0.001
+    # chi-square, 23 degrees of freedom, p = 0.001
+    assert ((counts - 20000 / 24) ** 2 / (20000 / 24)).sum() < 49.7
 
 
 @pytest.mark.parametrize("H, W", [(32, 32), (64, 64), (40, 90), (20, 100)])
@@ -300,8 +344,15 @@ def test_crops_are_distributed_as_torchvisions(H, W):
     with torch.random.fork_rng():
         torch.manual_seed(13)
         image = torch.empty(3, H, W)
-        theirs = torch.tensor([RandomResizedCrop.get_params(image, A.CONTEXT.scale, A.CONTEXT.ratio) for _ in range(n)])
-    statistics = lambda c: torch.cat([c, c[:, 2:3] * c[:, 3:], c[:, 2:3] / c[:, 3:], c[:, :2] + c[:, 2:] / 2], 1)
+        theirs = torch.tensor(
+            [
+                RandomResizedCrop.get_params(image, A.CONTEXT.scale, A.CONTEXT.ratio)
+                for _ in range(n)
+            ]
+        )
+    statistics = lambda c: torch.cat(
+        [c, c[:, 2:3] * c[:, 3:], c[:, 2:3] / c[:, 3:], c[:, :2] + c[:, 2:] / 2], 1
+    )
     for a, b in zip(statistics(ours.double()).T, statistics(theirs.double()).T):
         assert ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-3
 

@@ -9,15 +9,34 @@ from build import build_model
 from regions import Crops
 
 CPU = torch.device("cpu")
-TINY = dict(image_size=32, patch_size=4, encoder="vit-nano", min_patches=3, predictor_width=32, predictor_depth=1)
+TINY = dict(
+    image_size=32,
+    patch_size=4,
+    encoder="vit-nano",
+    min_patches=3,
+    predictor_width=32,
+    predictor_depth=1,
+)
 
 
 def test_views_and_regions_are_timed_both_ways(tmp_path, capsys):
-    assert bench.main(f"views regions --device cpu --repeats 1 --batch-size 4 --json {tmp_path / 'b.json'}".split()) == 0
+    assert (
+        bench.main(
+            f"views regions --device cpu --repeats 1 "
+            f"--batch-size 4 --json {tmp_path / 'b.json'}".split()
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     kept = json.loads((tmp_path / "b.json").read_text())
-    assert kept["tables"] == printed.splitlines()[1:] and {"command", "commit", "device", "seconds"} < set(kept)
-    assert all(name in printed for name in bench.VIEWS) and printed.count("100.0%") == 2          # both ways find the same regions
+    assert kept["tables"] == printed.splitlines()[1:] and {
+        "command",
+        "commit",
+        "device",
+        "seconds",
+    } < set(kept)
+    # both ways find the same regions
+    assert all(name in printed for name in bench.VIEWS) and printed.count("100.0%") == 2
 
 
 def test_both_ways_see_the_same_uneven_saliency(make_config):
@@ -30,19 +49,29 @@ def test_both_ways_see_the_same_uneven_saliency(make_config):
 
 @pytest.mark.parametrize("case", ["saccade", "i-jepa"])
 def test_training_steps_are_timed_along_the_fast_path(case, capsys):
-    arguments = f"train --device cpu --only {case} --repeats 1 --batch-size 4 --compare torchvision --workers 0"
+    arguments = (
+        f"train --device cpu --only {case} --repeats 1 "
+        "--batch-size 4 --compare torchvision --workers 0"
+    )
     assert bench.main(arguments.split()) == 0
     printed = capsys.readouterr().out
-    assert all(stage in printed for stage in ("float32", "+ channels_last", "torchvision")) and "bf16" not in printed
+    assert (
+        all(stage in printed for stage in ("float32", "+ channels_last", "torchvision"))
+        and "bf16" not in printed
+    )
 
 
-@pytest.mark.parametrize("arguments", ["everything", "--repeats 0", "--batch-size 1", "--device nonsense"])
+@pytest.mark.parametrize(
+    "arguments", ["everything", "--repeats 0", "--batch-size 1", "--device nonsense"]
+)
 def test_bad_input_gets_one_line(arguments, capsys):
     assert bench.main(arguments.split()) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("method, rule", [("i-jepa", "otsu"), ("dseq-jepa", "random"), ("dseq-jepa", "otsu-refill")])
+@pytest.mark.parametrize(
+    "method, rule", [("i-jepa", "otsu"), ("dseq-jepa", "random"), ("dseq-jepa", "otsu-refill")]
+)
 def test_sizes_alone_give_the_count_of_a_real_step(method, rule, make_config):
     config = make_config("imagenet", "regions", **TINY, method=method, regions=rule)
     views, model = Crops(flops.noise_split(6, 32), config, CPU), build_model(config, {}).train()
@@ -52,11 +81,14 @@ def test_sizes_alone_give_the_count_of_a_real_step(method, rule, make_config):
         plan = model.plan(batch, model.look(batch)[2], model.encoder.grid)
     cost = flops.plan_cost(flops.by_size(config, CPU), batch.views[:, 0], plan)
     assert cost.flops["total"] == pytest.approx(real, rel=1e-6)
-    assert cost.seen == (plan.context > 0).sum() / 6 and cost.predicted == (plan.target > 0).sum() / 6
+    assert (
+        cost.seen == (plan.context > 0).sum() / 6 and cost.predicted == (plan.target > 0).sum() / 6
+    )
 
 
 def test_a_linear_layer_costs_six_times_its_weights():
-    """Two FLOPs a multiply-add, three products a layer: forward, gradient of the input, gradient of the weights."""
+    """Two FLOPs a multiply-add, three products a layer: forward, gradient of the input, gradient of
+    the weights."""
     layer = flops.BySize(torch.nn.Linear(8, 4, device="meta"), CPU)
     found = layer(torch.randn(5, 8, requires_grad=True))
     assert found.shape == (5, 4) and found.requires_grad and layer.log == [6 * 5 * 8 * 4]
@@ -64,6 +96,11 @@ def test_a_linear_layer_costs_six_times_its_weights():
 
 def test_region_costs_of_every_way_and_of_whole_trainings():
     costs = flops.region_costs(flops.noise_split(4, 32), CPU, 2, **TINY)
-    assert list(costs) == list(flops.WAYS) and len({c.flops["target_encoder"] for c in costs.values()}) == 1
+    assert (
+        list(costs) == list(flops.WAYS)
+        and len({c.flops["target_encoder"] for c in costs.values()}) == 1
+    )
     whole = flops.curricula(costs)["dseq-jepa, otsu, all epochs"]
-    assert 2 * whole.steps == pytest.approx(costs["dseq-jepa, random blocks"].steps + costs["dseq-jepa, otsu"].steps)
+    assert 2 * whole.steps == pytest.approx(
+        costs["dseq-jepa, random blocks"].steps + costs["dseq-jepa, otsu"].steps
+    )

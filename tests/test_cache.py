@@ -21,7 +21,8 @@ Usage = collections.namedtuple("Usage", "total used free")
 
 
 class Maker:
-    """A `fill` that writes `wanted` two rows at a time, counts its calls, and may stop on the way."""
+    """A `fill` that writes `wanted` two rows at a time, counts its calls, and may stop on the
+    way."""
 
     def __init__(self, wanted=WANTED, error=None, watch=lambda: None):
         self.wanted, self.error, self.watch, self.calls = wanted, error, watch, 0
@@ -88,11 +89,31 @@ def cut(file, keep):
         f.truncate(keep)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda p: cut(p, p.stat().st_size - 1), lambda p: cut(p, 100), lambda p: cut(p, 0), lambda p: p.unlink(),
-    lambda p: np.save(p, WANTED[:5]), lambda p: p.with_suffix(".json").unlink(), lambda p: cut(p.with_suffix(".json"), 9),
-    lambda p: p.with_suffix(".json").write_bytes(b"\xff\xfe"), lambda p: p.with_suffix(".json").write_text("[1]"),
-], ids=["one byte short", "header only", "empty", "array gone", "other rows", "key gone", "key cut", "key binary", "key a list"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: cut(p, p.stat().st_size - 1),
+        lambda p: cut(p, 100),
+        lambda p: cut(p, 0),
+        lambda p: p.unlink(),
+        lambda p: np.save(p, WANTED[:5]),
+        lambda p: p.with_suffix(".json").unlink(),
+        lambda p: cut(p.with_suffix(".json"), 9),
+        lambda p: p.with_suffix(".json").write_bytes(b"\xff\xfe"),
+        lambda p: p.with_suffix(".json").write_text("[1]"),
+    ],
+    ids=[
+        "one byte short",
+        "header only",
+        "empty",
+        "array gone",
+        "other rows",
+        "key gone",
+        "key cut",
+        "key binary",
+        "key a list",
+    ],
+)
 def test_damage_on_disk_is_noticed_and_mended(path, damage):
     maker = Maker()
     get(path, maker)
@@ -103,7 +124,11 @@ def test_damage_on_disk_is_noticed_and_mended(path, damage):
 
 # ---------------------------------------------------------------- killed on the way
 
-@pytest.mark.parametrize("error", [BadInput("bad image"), RuntimeError("no memory"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [BadInput("bad image"), RuntimeError("no memory"), KeyboardInterrupt(), SystemExit(143)],
+    ids=repr,
+)
 def test_a_run_killed_in_the_middle_leaves_nothing(path, error):
     with pytest.raises(type(error)):
         get(path, Maker(error=error))
@@ -123,7 +148,9 @@ def test_the_old_array_stays_whole_until_the_new_one_is_complete(path):
     old_is_there()
     get(path, first)
     assert first.calls == 1 and names(path) == ["x.json", "x.npy"]
-    np.testing.assert_array_equal(get(path, Maker(-WANTED, watch=old_is_there), dict(KEY, files="new")), -WANTED)
+    np.testing.assert_array_equal(
+        get(path, Maker(-WANTED, watch=old_is_there), dict(KEY, files="new")), -WANTED
+    )
 
 
 @pytest.mark.parametrize("nth", [1, 2])
@@ -142,31 +169,38 @@ def test_killed_between_its_two_renames_no_key_vouches_for_the_wrong_array(path,
         get(path, Maker(-WANTED), dict(KEY, files="new"))
     monkeypatch.undo()
     assert not list(path.parent.glob("*.part"))
-    np.testing.assert_array_equal(get(path, Maker()), WANTED)       # whatever is there now, each key gets its own array
+    # whatever is there now, each key gets its own array
+    np.testing.assert_array_equal(get(path, Maker()), WANTED)
     np.testing.assert_array_equal(get(path, Maker(-WANTED), dict(KEY, files="new")), -WANTED)
 
 
-def test_parts_of_a_killed_process_go_when_the_next_array_is_made_and_those_of_a_living_one_stay(path):
+def test_parts_of_a_killed_process_go_when_the_next_array_is_made_and_those_of_a_living_one_stay(
+    path,
+):
     path.parent.mkdir(parents=True)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     mine = cache.part_of(path)
-    ours, key, theirs = (mine.with_name(mine.name.replace(str(os.getpid()), str(pid)).replace("x.npy", name))
-                         for pid, name in ((dead.pid, "old.npy"), (dead.pid, "old.json"), (os.getppid(), "x.npy")))
+    ours, key, theirs = (
+        mine.with_name(mine.name.replace(str(os.getpid()), str(pid)).replace("x.npy", name))
+        for pid, name in ((dead.pid, "old.npy"), (dead.pid, "old.json"), (os.getppid(), "x.npy"))
+    )
     unfinished = path.with_name("y.npy.part")                       # of a resumable array
     for part in (ours, key, theirs, unfinished):
         part.write_text("half")
     get(path, Maker())
     assert names(path) == sorted(["x.json", "x.npy", theirs.name, unfinished.name])
     ours.write_text("half")
-    get(path, Maker())                                              # nothing to make: a reader does not tidy up
+    # nothing to make: a reader does not tidy up
+    get(path, Maker())
     assert ours.exists()
 
 
 # ---------------------------------------------------------------- resumable
 
 class Resumable:
-    """A resumable `fill`: one row at a time from the first it is told to write, noting which it wrote."""
+    """A resumable `fill`: one row at a time from the first it is told to write, noting which it
+    wrote."""
 
     def __init__(self, stop_after=None):
         self.stop_after, self.rows = stop_after, []
@@ -176,7 +210,8 @@ class Resumable:
             array[row] = WANTED[row]
             self.rows.append(row)
             if len(self.rows) == self.stop_after:
-                raise KeyboardInterrupt                             # this row is written but not yet reported
+                # this row is written but not yet reported
+                raise KeyboardInterrupt
             yield row + 1
 
 
@@ -215,7 +250,9 @@ def test_resumable_does_not_go_on_from_rows_of_another_key(interrupted):
     check_resumed(interrupted, rows=[0, 1, 2, 3, 4, 5], key=dict(KEY, files="new"))
 
 
-@pytest.mark.parametrize("end, keep", [(".part", -1), (".part", 0), (".progress", 5), (".progress", 0)])
+@pytest.mark.parametrize(
+    "end, keep", [(".part", -1), (".part", 0), (".progress", 5), (".progress", 0)]
+)
 def test_resumable_starts_again_when_what_is_left_is_damaged(interrupted, end, keep):
     file = interrupted.with_name(interrupted.name + end)
     cut(file, file.stat().st_size + keep if keep < 0 else keep)
@@ -247,7 +284,11 @@ def test_room_is_taken_before_rows_are_written_so_that_a_full_disk_is_one_line(p
 
     monkeypatch.setattr(cache.os, "posix_fallocate", full)
     maker = Maker()
-    with pytest.raises(BadInput, match=r"x.npy: no room for .* GB \(No space left on device\); make room or choose another --data-dir"):
+    with pytest.raises(
+        BadInput,
+        match=r"x.npy: no room for .* GB \(No space left on device\); "
+              r"make room or choose another --data-dir",
+    ):
         get(path, maker)
     assert maker.calls == 0 and names(path) == [] and asked == [WANTED.nbytes + 128]
     monkeypatch.undo()
@@ -263,7 +304,8 @@ def test_full_disk_does_not_hinder_reading_what_is_there(path, monkeypatch):
 
 def test_folder_without_write_permission(path, monkeypatch):
     path.parent.mkdir(parents=True)
-    monkeypatch.setattr(cache.os, "access", lambda *_: False)       # the tests may run as root, who may write anywhere
+    # the tests may run as root, who may write anywhere
+    monkeypatch.setattr(cache.os, "access", lambda *_: False)
     with pytest.raises(BadInput, match=f"{path.parent}.*--data-dir"):
         get(path, Maker())
     assert names(path) == []
@@ -280,18 +322,27 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 def test_writing_into_the_mapping_does_not_reach_the_file(path):
     before = get(path, Maker())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")                              # torch warns about arrays it may not write to
+        # torch warns about arrays it may not write to
+        warnings.simplefilter("error")
         torch.from_numpy(before).fill_(-7)
     assert (before == -7).all()
     np.testing.assert_array_equal(np.load(path), WANTED)
     np.testing.assert_array_equal(get(path, Maker()), WANTED)
 
 
-@pytest.mark.parametrize("write", [
-    lambda p: None, lambda p: p.write_text("maps"), lambda p: p.touch(), lambda p: p.mkdir(),
-    lambda p: np.save(p, np.array([{}, 1], dtype=object), allow_pickle=True), lambda p: np.savez(p.open("wb"), a=WANTED),
-    lambda p: (np.save(p, WANTED), cut(p, p.stat().st_size - 1)),
-], ids=["absent", "text", "empty", "a folder", "pickled objects", "npz", "cut short"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: None,
+        lambda p: p.write_text("maps"),
+        lambda p: p.touch(),
+        lambda p: p.mkdir(),
+        lambda p: np.save(p, np.array([{}, 1], dtype=object), allow_pickle=True),
+        lambda p: np.savez(p.open("wb"), a=WANTED),
+        lambda p: (np.save(p, WANTED), cut(p, p.stat().st_size - 1)),
+    ],
+    ids=["absent", "text", "empty", "a folder", "pickled objects", "npz", "cut short"],
+)
 def test_what_is_no_readable_array_is_named_in_one_line(tmp_path, write):
     file = tmp_path / "maps.npy"
     write(file)
@@ -314,12 +365,15 @@ def test_an_array_that_carries_code_does_not_run_it(tmp_path, monkeypatch):
             cache.open_array(tmp_path / name)
         assert not (tmp_path / "sprung").exists()
         np.load(name, allow_pickle=True)
-        (tmp_path / "sprung").rmdir()                               # loaded without our care, it does run
+        # loaded without our care, it does run
+        (tmp_path / "sprung").rmdir()
 
 
 def test_cache_path_tells_apart_all_that_can_be_cached_side_by_side(make_config):
     configs = [make_config("stl10"), make_config("stl10", limit=5), make_config("stl10", limit=6),
                make_config("stl10", image_size=64), make_config("folder")]
-    paths = {cache.cache_path(c, what) for c in configs for what in ("train", "val", "train-signature")}
+    paths = {
+        cache.cache_path(c, what) for c in configs for what in ("train", "val", "train-signature")
+    }
     assert len(paths) == 15
     assert {p.parent for p in paths} == {cache.Path(configs[0].data_dir) / ".cache"}

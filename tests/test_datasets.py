@@ -1,4 +1,5 @@
-"""datasets.py and prepare.py against torchvision, PIL and NumPy, on files in the published formats."""
+"""datasets.py and prepare.py against torchvision, PIL and NumPy, on files in the published
+formats."""
 import os
 import pickle
 import warnings
@@ -33,12 +34,16 @@ def left_in_cache(config):
 def decodes(monkeypatch):
     """Paths of the images decoded so far."""
     seen, real = [], prepare.decode
-    monkeypatch.setattr(prepare, "decode", lambda path, size, smallest=1: seen.append(path) or real(path, size))
+    monkeypatch.setattr(
+        prepare, "decode", lambda path, size, smallest=1: seen.append(path) or real(path, size)
+    )
     return seen
 
 
 def pil_resize(image, size):
-    return np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize((size, size), Image.BICUBIC)).transpose(2, 0, 1)
+    return np.asarray(
+        Image.fromarray(image.transpose(1, 2, 0)).resize((size, size), Image.BICUBIC)
+    ).transpose(2, 0, 1)
 
 
 def assert_close(ours, theirs):
@@ -91,7 +96,8 @@ COUNTS = dict(train=20, test=13, unlabeled=17)
 
 
 def write_stl10(root, counts=COUNTS):
-    """stl10_binary/ as published: random pixels, labels 1, 2, ..., 10, 1, 2, ...  -> {name: images (n, 3, 96, 96)}"""
+    """stl10_binary/ as published: random pixels, labels 1, 2, ..., 10, 1, 2, ...  -> {name: images
+    (n, 3, 96, 96)}"""
     folder = Path(root) / "stl10_binary"
     folder.mkdir(parents=True)
     rng, images = np.random.default_rng(0), {}
@@ -101,7 +107,9 @@ def write_stl10(root, counts=COUNTS):
         if name != "unlabeled":
             (np.arange(n) % 10 + 1).astype(np.uint8).tofile(folder / f"{name}_y.bin")
     (folder / "class_names.txt").write_text("\n".join(D.STL10_CLASSES) + "\n")
-    (folder / "fold_indices.txt").write_text("\n".join(" ".join(map(str, range(k, 20, 2))) + " " for k in range(10)) + "\n")
+    (folder / "fold_indices.txt").write_text(
+        "\n".join(" ".join(map(str, range(k, 20, 2))) + " " for k in range(10)) + "\n"
+    )
     return images
 
 
@@ -112,14 +120,25 @@ def stl10(make_config):
     return config
 
 
-@pytest.mark.parametrize("split, theirs", [("train", ["train"]), ("val", ["test"]), ("pretrain", ["unlabeled", "train"])])
+@pytest.mark.parametrize(
+    "split, theirs", [("train", ["train"]), ("val", ["test"]), ("pretrain", ["unlabeled", "train"])]
+)
 def test_stl10_is_what_torchvision_reads(stl10, monkeypatch, split, theirs):
-    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)     # it wants the real MD5s
-    ours, readers = D.load(stl10, split), [torchvision.datasets.STL10(stl10.data_dir, split=name) for name in theirs]
-    np.testing.assert_array_equal(pixels(ours), np.concatenate([[np.asarray(image).transpose(2, 0, 1) for image, _ in r] for r in readers]))
+    # it wants the real MD5s
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    ours, readers = (
+        D.load(stl10, split),
+        [torchvision.datasets.STL10(stl10.data_dir, split=name) for name in theirs],
+    )
+    np.testing.assert_array_equal(
+        pixels(ours),
+        np.concatenate([[np.asarray(image).transpose(2, 0, 1) for image, _ in r] for r in readers]),
+    )
     np.testing.assert_array_equal(ours.labels, np.concatenate([r.labels for r in readers]))
     assert ours.labels.dtype == np.int64 and ours.classes == readers[0].classes
-    assert [part.name for part in ours.parts] == theirs and [part.total for part in ours.parts] == [COUNTS[n] for n in theirs]
+    assert [part.name for part in ours.parts] == theirs and [part.total for part in ours.parts] == [
+        COUNTS[n] for n in theirs
+    ]
 
 
 def test_stl10_pretrain_is_the_unlabelled_images_then_the_training_images(stl10):
@@ -132,7 +151,8 @@ def test_stl10_planes_are_stored_by_columns(make_config):
     config = make_config("stl10")
     write_stl10(config.data_dir, dict(test=2))
     data = np.zeros(2 * 3 * 96 * 96, np.uint8)
-    data[27648 + 9216 + 96 * 5 + 70] = 200              # second image, green, the 71st value of the sixth column
+    # second image, green, the 71st value of the sixth column
+    data[27648 + 9216 + 96 * 5 + 70] = 200
     data.tofile(Path(config.data_dir) / "stl10_binary" / "test_X.bin")
     images = pixels(D.load(config, "val"))
     assert np.argwhere(images).tolist() == [[1, 1, 70, 5]]      # row 70, column 5
@@ -148,15 +168,26 @@ def test_stl10_classes_are_named_by_its_own_file(stl10):
 
 def test_stl10_stays_on_the_disk(stl10):
     for part in D.load(stl10, "pretrain").parts:
-        assert isinstance(part.images, np.memmap) and part.images._mmap is not None and not part.images.flags.owndata
+        assert (
+            isinstance(part.images, np.memmap)
+            and part.images._mmap is not None
+            and not part.images.flags.owndata
+        )
     assert left_in_cache(stl10) == []
 
 
-@pytest.mark.parametrize("split, limit, classes", [("train", 10, [1] * 10), ("val", 10, [1] * 10), ("train", 5, None), ("val", 12, None)])
+@pytest.mark.parametrize(
+    "split, limit, classes",
+    [("train", 10, [1] * 10), ("val", 10, [1] * 10), ("train", 5, None), ("val", 12, None)],
+)
 def test_stl10_limit_takes_as_many_of_each_class(stl10, split, limit, classes):
     everything, some = D.load(stl10, split), D.load(replace(stl10, limit=limit), split)
     rows, counts = some.parts[0].rows, np.bincount(some.labels, minlength=10)
-    assert len(some.labels) == limit and counts.max() - counts.min() <= 1 and some.parts[0].total == len(everything.labels)
+    assert (
+        len(some.labels) == limit
+        and counts.max() - counts.min() <= 1
+        and some.parts[0].total == len(everything.labels)
+    )
     np.testing.assert_array_equal(pixels(some), pixels(everything)[rows])
     np.testing.assert_array_equal(some.labels, everything.labels[rows])
     assert classes is None or counts.tolist() == classes
@@ -181,21 +212,51 @@ def test_stl10_pretrain_and_train_share_one_cache(stl10, monkeypatch):
 
 
 def test_stl10_resized_again_when_its_file_changes(stl10):
-    config, file = replace(stl10, image_size=32), Path(stl10.data_dir) / "stl10_binary" / "test_X.bin"
+    config, file = (
+        replace(stl10, image_size=32),
+        Path(stl10.data_dir) / "stl10_binary" / "test_X.bin",
+    )
     assert pixels(D.load(config, "val")).any()
     np.zeros(file.stat().st_size, np.uint8).tofile(file)
     os.utime(file, ns=(1, 1))
     assert not pixels(D.load(config, "val")).any()
 
 
-@pytest.mark.parametrize("file, content, split", [
-    ("train_X.bin", None, "train"), ("train_y.bin", None, "train"), ("test_X.bin", None, "val"), ("test_y.bin", None, "val"),
-    ("unlabeled_X.bin", None, "pretrain"), ("train_X.bin", None, "pretrain"),
-    ("train_X.bin", bytes(27648 * 20 - 1), "train"), ("unlabeled_X.bin", bytes(27649), "pretrain"), ("test_X.bin", b"", "val"),
-    ("train_y.bin", bytes([1] * 19), "train"), ("train_y.bin", bytes([1] * 21), "train"), ("test_y.bin", b"", "val"),
-    ("train_y.bin", bytes([0] + [1] * 19), "train"), ("test_y.bin", bytes([11] + [1] * 12), "val"),
-], ids=["no train_X", "no train_y", "no test_X", "no test_y", "no unlabeled_X", "no train_X for pretrain", "a byte short", "a byte too many",
-        "empty test_X", "a label short", "a label too many", "empty test_y", "label 0", "label 11"])
+@pytest.mark.parametrize(
+    "file, content, split",
+    [
+        ("train_X.bin", None, "train"),
+        ("train_y.bin", None, "train"),
+        ("test_X.bin", None, "val"),
+        ("test_y.bin", None, "val"),
+        ("unlabeled_X.bin", None, "pretrain"),
+        ("train_X.bin", None, "pretrain"),
+        ("train_X.bin", bytes(27648 * 20 - 1), "train"),
+        ("unlabeled_X.bin", bytes(27649), "pretrain"),
+        ("test_X.bin", b"", "val"),
+        ("train_y.bin", bytes([1] * 19), "train"),
+        ("train_y.bin", bytes([1] * 21), "train"),
+        ("test_y.bin", b"", "val"),
+        ("train_y.bin", bytes([0] + [1] * 19), "train"),
+        ("test_y.bin", bytes([11] + [1] * 12), "val"),
+    ],
+    ids=[
+        "no train_X",
+        "no train_y",
+        "no test_X",
+        "no test_y",
+        "no unlabeled_X",
+        "no train_X for pretrain",
+        "a byte short",
+        "a byte too many",
+        "empty test_X",
+        "a label short",
+        "a label too many",
+        "empty test_y",
+        "label 0",
+        "label 11",
+    ],
+)
 def test_stl10_damage_is_named(stl10, file, content, split):
     path = Path(stl10.data_dir) / "stl10_binary" / file
     path.unlink() if content is None else path.write_bytes(content)
@@ -203,19 +264,27 @@ def test_stl10_damage_is_named(stl10, file, content, split):
         D.load(stl10, split)
 
 
-@pytest.mark.parametrize("dataset, module", [("stl10", "stl10"), ("cifar10", "cifar"), ("cifar100", "cifar")])
+@pytest.mark.parametrize(
+    "dataset, module", [("stl10", "stl10"), ("cifar10", "cifar"), ("cifar100", "cifar")]
+)
 def test_absent_and_the_download_fails(make_config, monkeypatch, dataset, module):
     module = getattr(torchvision.datasets, module)
-    monkeypatch.setattr(module, "download_and_extract_archive", raiser(URLError("no route to host")))
+    monkeypatch.setattr(
+        module, "download_and_extract_archive", raiser(URLError("no route to host"))
+    )
     config = make_config(dataset, "augment")
     with pytest.raises(BadInput, match=f"{config.data_dir}: could not download .*no route to host"):
         D.load(config, "train")
 
 
-@pytest.mark.parametrize("dataset, module", [("stl10", "stl10"), ("cifar10", "cifar"), ("cifar100", "cifar")])
+@pytest.mark.parametrize(
+    "dataset, module", [("stl10", "stl10"), ("cifar10", "cifar"), ("cifar100", "cifar")]
+)
 def test_absent_and_no_download(make_config, monkeypatch, dataset, module):
     module = getattr(torchvision.datasets, module)
-    monkeypatch.setattr(module, "download_and_extract_archive", raiser(AssertionError("it was told not to")))
+    monkeypatch.setattr(
+        module, "download_and_extract_archive", raiser(AssertionError("it was told not to"))
+    )
     config = make_config(dataset, "augment", download=False)
     for split in ("pretrain", "train", "val"):
         with pytest.raises(BadInput, match=f"{config.data_dir}.*--download"):
@@ -225,18 +294,34 @@ def test_absent_and_no_download(make_config, monkeypatch, dataset, module):
 # ---------------------------------------------------------------- CIFAR
 
 def write_cifar(root, dataset):
-    """The published pickles: rows of 3072 bytes, red plane first, each plane row by row.  -> {split: (images, labels)}"""
+    """The published pickles: rows of 3072 bytes, red plane first, each plane row by row.  ->
+    {split: (images, labels)}"""
     rng = np.random.default_rng(0)
-    layout = {"cifar10": ("cifar-10-batches-py", [f"data_batch_{k}" for k in range(1, 6)], "test_batch", "batches.meta"),
-              "cifar100": ("cifar-100-python", ["train"], "test", "meta")}[dataset]
+    layout = {
+        "cifar10": (
+            "cifar-10-batches-py",
+            [f"data_batch_{k}" for k in range(1, 6)],
+            "test_batch",
+            "batches.meta",
+        ),
+        "cifar100": ("cifar-100-python", ["train"], "test", "meta"),
+    }[dataset]
     folder, n_classes, made = Path(root) / layout[0], 10 if dataset == "cifar10" else 100, {}
     folder.mkdir(parents=True)
     for split, files in (("train", layout[1]), ("val", [layout[2]])):
         images = rng.integers(0, 256, (len(files), 12, 3, 32, 32), dtype=np.uint8)
         labels = rng.integers(0, n_classes, (len(files), 12))
         for file, x, y in zip(files, images, labels.tolist()):
-            named = dict(labels=y) if dataset == "cifar10" else dict(fine_labels=y, coarse_labels=[0] * 12)
-            (folder / file).write_bytes(pickle.dumps(dict(named, data=x.reshape(12, 3072), batch_label="b", filenames=["f.png"] * 12)))
+            named = (
+                dict(labels=y)
+                if dataset == "cifar10"
+                else dict(fine_labels=y, coarse_labels=[0] * 12)
+            )
+            (folder / file).write_bytes(
+                pickle.dumps(
+                    dict(named, data=x.reshape(12, 3072), batch_label="b", filenames=["f.png"] * 12)
+                )
+            )
         made[split] = images.reshape(-1, 3, 32, 32), labels.ravel()
     key = "label_names" if dataset == "cifar10" else "fine_label_names"
     (folder / layout[3]).write_bytes(pickle.dumps({key: [f"class {k}" for k in range(n_classes)]}))
@@ -257,7 +342,11 @@ def test_cifar_pixels_labels_and_names(cifar, split):
     ours = D.load(config, split)
     np.testing.assert_array_equal(pixels(ours), images)
     np.testing.assert_array_equal(ours.labels, labels)
-    assert ours.labels.dtype == np.int64 and ours.classes[3] == "class 3" and ours.parts[0].images.flags.c_contiguous
+    assert (
+        ours.labels.dtype == np.int64
+        and ours.classes[3] == "class 3"
+        and ours.parts[0].images.flags.c_contiguous
+    )
 
 
 def test_cifar_limit_and_another_size(cifar):
@@ -282,7 +371,8 @@ SIZE = 24
 
 
 def write_image(path, value, size=(SIZE, SIZE)):
-    """One-colour image. A PNG of the configured size is not resized, so that its value identifies it."""
+    """One-colour image. A PNG of the configured size is not resized, so that its value identifies
+    it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value, 255 - value, 7)).save(path)
 
@@ -294,7 +384,8 @@ def values(split):
 
 @pytest.fixture
 def folder(make_config):
-    """make(files) writes {relative path: value} and returns the config; values become one-colour images."""
+    """make(files) writes {relative path: value} and returns the config; values become one-colour
+    images."""
     def make(files, dataset="folder", **changes):
         config = make_config(dataset, image_size=SIZE, patch_size=8, **changes)
         Path(config.data_dir).mkdir(parents=True, exist_ok=True)
@@ -304,8 +395,14 @@ def folder(make_config):
     return make
 
 
-TWO_SPLITS = {"train/cat/1.png": 1, "train/cat/2.png": 2, "train/ant/3.png": 3, "train/dog/4.PNG": 4,
-              "val/dog/5.png": 5, "val/ant/6.png": 6}
+TWO_SPLITS = {
+    "train/cat/1.png": 1,
+    "train/cat/2.png": 2,
+    "train/ant/3.png": 3,
+    "train/dog/4.PNG": 4,
+    "val/dog/5.png": 5,
+    "val/ant/6.png": 6,
+}
 ONE_SPLIT = {f"{'abc'[i % 3]}/{i}.png": i for i in range(30)}
 
 
@@ -323,12 +420,23 @@ def test_train_folder_is_what_torchvision_reads(folder):
     config = folder({})
     root, rng = Path(config.data_dir) / "train", np.random.default_rng(0)
     for i in range(12):
-        path = root / f"class {i % 3}" / f"{'sub' if i % 2 else '.'}" / f"{i}.{'png' if i < 6 else 'jpg'}"
+        path = (
+            root
+            / f"class {i % 3}"
+            / f"{'sub' if i % 2 else '.'}"
+            / f"{i}.{'png' if i < 6 else 'jpg'}"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(*rng.integers(SIZE, 80, 2)).save(path)
     write_image(Path(config.data_dir) / "val" / "class 1" / "x.png", 0)
     transforms = torchvision.transforms
-    whole = transforms.Compose([transforms.Resize(SIZE, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(SIZE), transforms.PILToTensor()])
+    whole = transforms.Compose(
+        [
+            transforms.Resize(SIZE, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(SIZE),
+            transforms.PILToTensor(),
+        ]
+    )
     theirs = torchvision.datasets.ImageFolder(root, whole)
     ours = D.load(config, "train")
     assert ours.classes == theirs.classes
@@ -355,27 +463,51 @@ def test_the_held_out_tenth_is_the_same_for_every_seed(folder):
 def test_images_in_the_folder_itself_are_one_class(folder):
     config = folder({f"{i}.png": i for i in range(12)})
     train, val = D.load(config, "train"), D.load(config, "val")
-    assert len(train.classes) == 1 and not train.labels.any() and len(train.labels) == 11 and len(val.labels) == 1
+    assert (
+        len(train.classes) == 1
+        and not train.labels.any()
+        and len(train.labels) == 11
+        and len(val.labels) == 1
+    )
 
 
 def test_images_may_lie_deeper_than_their_class(folder):
-    config = folder({"train/cat/x/y/1.png": 1, "train/cat/2.png": 2, "train/dog/z/3.png": 3, "val/dog/4.png": 4})
+    config = folder(
+        {"train/cat/x/y/1.png": 1, "train/cat/2.png": 2, "train/dog/z/3.png": 3, "val/dog/4.png": 4}
+    )
     train = D.load(config, "train")
-    assert train.classes == ["cat", "dog"] and dict(zip(values(train), train.labels)) == {1: 0, 2: 0, 3: 1}
+    assert train.classes == ["cat", "dog"] and dict(zip(values(train), train.labels)) == {
+        1: 0,
+        2: 0,
+        3: 1,
+    }
 
 
 def test_hidden_and_other_files_are_skipped(folder):
     config = folder(TWO_SPLITS | {"train/cat/._1.png": 90, "train/.trash/9.png": 91})
     (Path(config.data_dir) / "train" / "cat" / "notes.txt").write_text("not an image")
-    assert sorted(values(D.load(config, "train"))) == [1, 2, 3, 4] and D.load(config, "train").classes == ["ant", "cat", "dog"]
+    assert sorted(values(D.load(config, "train"))) == [1, 2, 3, 4] and D.load(
+        config, "train"
+    ).classes == ["ant", "cat", "dog"]
 
 
 def test_limit_on_a_folder_is_balanced_and_decodes_no_more(folder, decodes):
-    config = folder({f"train/{'ab'[i < 3]}/{i}.png": i for i in range(20)} | {"val/a/99.png": 99}, limit=6)
+    config = folder(
+        {f"train/{'ab'[i < 3]}/{i}.png": i for i in range(20)} | {"val/a/99.png": 99}, limit=6
+    )
     split = D.load(config, "train")
-    assert np.bincount(split.labels).tolist() == [3, 3] and len(decodes) == 6 and split.parts[0].total == 20
+    assert (
+        np.bincount(split.labels).tolist() == [3, 3]
+        and len(decodes) == 6
+        and split.parts[0].total == 20
+    )
     assert {v for v, label in zip(values(split), split.labels) if label} == {0, 1, 2}
-    assert [v for v in np.array(sorted(range(20), key=lambda i: ("ab"[i < 3], str(i))))[split.parts[0].rows]] == values(split)
+    assert [
+        v
+        for v in np.array(sorted(range(20), key=lambda i: ("ab"[i < 3], str(i))))[
+            split.parts[0].rows
+        ]
+    ] == values(split)
 
 
 # ---------------------------------------------------------------- decoding
@@ -383,7 +515,9 @@ def test_limit_on_a_folder_is_balanced_and_decodes_no_more(folder, decodes):
 def picture(height=20, width=30):
     """Smooth and coloured, so that JPEG and palettes keep it nearly as it is."""
     y, x = np.mgrid[:height, :width] / max(height, width)
-    return Image.fromarray(np.stack([255 * y, 255 * x, 128 + 60 * np.sin(6 * x)], 2).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([255 * y, 255 * x, 128 + 60 * np.sin(6 * x)], 2).astype(np.uint8)
+    )
 
 
 def pil_decode(path, size):
@@ -396,19 +530,38 @@ def pil_decode(path, size):
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("mode, ending, tolerance", [
-    ("RGB", "png", 0), ("L", "png", 0), ("LA", "png", 0), ("RGBA", "png", 0), ("P", "png", 0), ("1", "png", 0), ("RGB", "webp", 0),
-    ("P", "gif", 0), ("RGB", "jpg", 6), ("RGB", "JPEG", 6), ("L", "jpg", 6), ("CMYK", "jpg", 6),
-])
+@pytest.mark.parametrize(
+    "mode, ending, tolerance",
+    [
+        ("RGB", "png", 0),
+        ("L", "png", 0),
+        ("LA", "png", 0),
+        ("RGBA", "png", 0),
+        ("P", "png", 0),
+        ("1", "png", 0),
+        ("RGB", "webp", 0),
+        ("P", "gif", 0),
+        ("RGB", "jpg", 6),
+        ("RGB", "JPEG", 6),
+        ("L", "jpg", 6),
+        ("CMYK", "jpg", 6),
+    ],
+)
 def test_every_kind_of_file_becomes_rgb(tmp_path, mode, ending, tolerance):
     path, image = tmp_path / f"x.{ending}", picture(SIZE, SIZE).convert(mode)
-    image.save(path, **(dict(lossless=True) if ending == "webp" else dict(quality=98, subsampling=0)))
-    ours, expected = prepare.decode(path, SIZE), np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(int)
+    image.save(
+        path, **(dict(lossless=True) if ending == "webp" else dict(quality=98, subsampling=0))
+    )
+    ours, expected = (
+        prepare.decode(path, SIZE),
+        np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(int),
+    )
     assert ours.dtype == np.uint8 and ours.shape == (3, SIZE, SIZE)
     assert np.abs(ours - expected).max() <= tolerance
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")           # torchvision's decoders will move to another package
+# torchvision's decoders will move to another package
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_png_of_the_right_size_keeps_its_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
@@ -420,10 +573,16 @@ def test_png_of_the_right_size_keeps_its_pixels(tmp_path):
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
     first, second = (picture(SIZE, SIZE).rotate(angle).quantize(256) for angle in (0, 180))
     first.save(tmp_path / "x.gif", save_all=True, append_images=[second])
-    np.testing.assert_array_equal(prepare.decode(tmp_path / "x.gif", SIZE).transpose(1, 2, 0), np.asarray(first.convert("RGB")))
+    np.testing.assert_array_equal(
+        prepare.decode(tmp_path / "x.gif", SIZE).transpose(1, 2, 0),
+        np.asarray(first.convert("RGB")),
+    )
 
 
-@pytest.mark.parametrize("height, width", [(61, 37), (37, 61), (9, 15), (24, 80), (25, 24), (200, 31), (1, 1), (1, 7), (23, 24)])
+@pytest.mark.parametrize(
+    "height, width",
+    [(61, 37), (37, 61), (9, 15), (24, 80), (25, 24), (200, 31), (1, 1), (1, 7), (23, 24)],
+)
 def test_odd_sizes_are_resized_and_cropped_as_pil_does(tmp_path, height, width):
     picture(height, width).save(tmp_path / "x.png")
     image = prepare.decode(tmp_path / "x.png", SIZE)
@@ -436,10 +595,16 @@ def cut_short(path, source):
     path.write_bytes(source.read_bytes()[:-200])
 
 
-@pytest.mark.parametrize("name, write", [
-    ("bad.jpg", lambda path: cut_short(path, path.parents[3] / "whole.jpg")), ("bad.png", lambda path: cut_short(path, path.parents[3] / "whole.png")),
-    ("bad.jpg", lambda path: path.write_text("I am text")), ("bad.png", lambda path: path.touch()),
-], ids=["truncated jpeg", "truncated png", "text named .jpg", "empty"])
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("bad.jpg", lambda path: cut_short(path, path.parents[3] / "whole.jpg")),
+        ("bad.png", lambda path: cut_short(path, path.parents[3] / "whole.png")),
+        ("bad.jpg", lambda path: path.write_text("I am text")),
+        ("bad.png", lambda path: path.touch()),
+    ],
+    ids=["truncated jpeg", "truncated png", "text named .jpg", "empty"],
+)
 def test_unreadable_image_is_named_and_nothing_is_left(folder, name, write):
     config = folder(TWO_SPLITS)
     path = Path(config.data_dir) / "train" / "cat" / name
@@ -452,10 +617,16 @@ def test_unreadable_image_is_named_and_nothing_is_left(folder, name, write):
     assert sorted(values(D.load(config, "train"))) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("files, split, message", [
-    ({}, "train", "no image there"), ({"a/1.png": 1}, "train", "single image"),
-    ({"train/cat/1.png": 1, "val/dog/2.png": 2}, "val", "val/dog"), ({"train/cat/1.png": 1, "val/2.png": 2}, "val", "no such class"),
-], ids=["empty", "one image", "val has another class", "val without classes"])
+@pytest.mark.parametrize(
+    "files, split, message",
+    [
+        ({}, "train", "no image there"),
+        ({"a/1.png": 1}, "train", "single image"),
+        ({"train/cat/1.png": 1, "val/dog/2.png": 2}, "val", "val/dog"),
+        ({"train/cat/1.png": 1, "val/2.png": 2}, "val", "no such class"),
+    ],
+    ids=["empty", "one image", "val has another class", "val without classes"],
+)
 def test_folders_that_make_no_data_set(folder, files, split, message):
     config = folder(files)
     with pytest.raises(BadInput, match=f"{config.data_dir}.*{message}"):
@@ -490,7 +661,9 @@ def test_pretrain_and_train_share_a_cache_and_val_has_its_own(folder, decodes):
     config = folder(TWO_SPLITS)
     for split in ("pretrain", "train", "val", "pretrain", "val"):
         D.load(config, split)
-    assert len(decodes) == 6 and left_in_cache(config) == [f"folder-{s}-{SIZE}px.{e}" for s in ("train", "val") for e in ("json", "npy")]
+    assert len(decodes) == 6 and left_in_cache(config) == [
+        f"folder-{s}-{SIZE}px.{e}" for s in ("train", "val") for e in ("json", "npy")
+    ]
 
 
 def added(root):
@@ -510,10 +683,15 @@ def renamed(root):
     (root / "train" / "cat" / "1.png").rename(root / "train" / "dog" / "1.png")
 
 
-@pytest.mark.parametrize("change, expected", [
-    (added, {1: "cat", 2: "cat", 3: "ant", 4: "dog", 9: "bee"}), (removed, {2: "cat", 3: "ant", 4: "dog"}),
-    (replaced, {50: "cat", 2: "cat", 3: "ant", 4: "dog"}), (renamed, {1: "dog", 2: "cat", 3: "ant", 4: "dog"}),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (added, {1: "cat", 2: "cat", 3: "ant", 4: "dog", 9: "bee"}),
+        (removed, {2: "cat", 3: "ant", 4: "dog"}),
+        (replaced, {50: "cat", 2: "cat", 3: "ant", 4: "dog"}),
+        (renamed, {1: "dog", 2: "cat", 3: "ant", 4: "dog"}),
+    ],
+)
 def test_changed_folder_is_noticed(folder, change, expected):
     config = folder(TWO_SPLITS)
     before = D.load(config, "train")
@@ -542,7 +720,8 @@ def test_sizes_do_not_clash(folder):
 
 @pytest.fixture
 def tiny(make_config):
-    """tiny-imagenet-200/ as published, with three classes whose order in wnids.txt is not the sorted one."""
+    """tiny-imagenet-200/ as published, with three classes whose order in wnids.txt is not the
+    sorted one."""
     config = make_config("tiny-imagenet", "augment", image_size=SIZE)
     root, wnids = Path(config.data_dir) / "tiny-imagenet-200", ["n03", "n01", "n02"]
     for k, w in enumerate(wnids):
@@ -551,7 +730,9 @@ def tiny(make_config):
         (root / "train" / w / f"{w}_boxes.txt").write_text(f"{w}_0.JPEG\t0\t62\t0\t63\n")
     for i in range(6):
         write_image(root / "val" / "images" / f"val_{i}.JPEG", 20 * i)
-    (root / "val" / "val_annotations.txt").write_text("".join(f"val_{i}.JPEG\t{wnids[i % 3]}\t0\t32\t44\t62\n" for i in range(6)))
+    (root / "val" / "val_annotations.txt").write_text(
+        "".join(f"val_{i}.JPEG\t{wnids[i % 3]}\t0\t32\t44\t62\n" for i in range(6))
+    )
     (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
     (root / "words.txt").write_text("n01\tant\nn02\tbee\n")
     return config, root
@@ -565,8 +746,11 @@ def test_tiny_imagenet_layout(tiny):
     train, val = (D.load(tiny[0], split) for split in ("train", "val"))
     assert train.classes == val.classes == ["n01", "n02", "n03"]
     assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert values(train) == near([40, 50, 60, 70, 80, 90, 100, 110, 0, 10, 20, 30])     # n01 was written second
-    assert val.labels.tolist() == [2, 0, 1, 2, 0, 1] and values(val) == near([0, 20, 40, 60, 80, 100])
+    # n01 was written second
+    assert values(train) == near([40, 50, 60, 70, 80, 90, 100, 110, 0, 10, 20, 30])
+    assert val.labels.tolist() == [2, 0, 1, 2, 0, 1] and values(val) == near(
+        [0, 20, 40, 60, 80, 100]
+    )
     assert values(D.load(tiny[0], "pretrain")) == values(train)
 
 
@@ -585,15 +769,31 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("file, change, split, named", [
-    ("val/val_annotations.txt", remove, "val", "val_annotations.txt"), ("wnids.txt", remove, "train", "wnids.txt"),
-    ("val/images/val_2.JPEG", remove, "val", "val_2.JPEG"), ("val/val_annotations.txt", edit("n02", "n77"), "val", "n77"),
-    ("val/val_annotations.txt", edit("val_3.JPEG", "val_9.JPEG"), "val", "val_9.JPEG"),
-    ("val/val_annotations.txt", edit("\tn01\t0\t32\t44\t62", ""), "val", "val_annotations.txt"),
-    ("val/val_annotations.txt", lambda path: path.write_text(""), "val", "val_annotations.txt"),
-    ("wnids.txt", edit("n01\n", "n01\nn99\n"), "train", "n99"), ("wnids.txt", edit("n01\n", ""), "val", "n01"),
-], ids=["no annotations", "no wnids", "image absent", "class unknown", "annotated image absent", "no class on a line", "empty annotations",
-        "class without folder", "class missing from wnids"])
+@pytest.mark.parametrize(
+    "file, change, split, named",
+    [
+        ("val/val_annotations.txt", remove, "val", "val_annotations.txt"),
+        ("wnids.txt", remove, "train", "wnids.txt"),
+        ("val/images/val_2.JPEG", remove, "val", "val_2.JPEG"),
+        ("val/val_annotations.txt", edit("n02", "n77"), "val", "n77"),
+        ("val/val_annotations.txt", edit("val_3.JPEG", "val_9.JPEG"), "val", "val_9.JPEG"),
+        ("val/val_annotations.txt", edit("\tn01\t0\t32\t44\t62", ""), "val", "val_annotations.txt"),
+        ("val/val_annotations.txt", lambda path: path.write_text(""), "val", "val_annotations.txt"),
+        ("wnids.txt", edit("n01\n", "n01\nn99\n"), "train", "n99"),
+        ("wnids.txt", edit("n01\n", ""), "val", "n01"),
+    ],
+    ids=[
+        "no annotations",
+        "no wnids",
+        "image absent",
+        "class unknown",
+        "annotated image absent",
+        "no class on a line",
+        "empty annotations",
+        "class without folder",
+        "class missing from wnids",
+    ],
+)
 def test_tiny_imagenet_damage_is_named(tiny, file, change, split, named):
     change(tiny[1] / file)
     with pytest.raises(BadInput, match=named):
@@ -611,8 +811,16 @@ def test_tiny_imagenet_not_unpacked(make_config):
 def test_solids_are_rendered_once_with_their_labels_and_latents(make_config, monkeypatch):
     config = make_config("solids", "rotation", image_size=16, views=1, object_views=2, limit=32)
     split, val = D.load(config, "train"), D.load(config, "val")
-    assert split.parts[0].images.shape == (32, 2, 3, 16, 16) and split.latents.shape == (32, 2, 7) and split.latents.dtype == np.float32
-    assert np.bincount(split.labels).tolist() == [2] * 16 and len(val.labels) == 16 and split.classes == val.classes
+    assert (
+        split.parts[0].images.shape == (32, 2, 3, 16, 16)
+        and split.latents.shape == (32, 2, 7)
+        and split.latents.dtype == np.float32
+    )
+    assert (
+        np.bincount(split.labels).tolist() == [2] * 16
+        and len(val.labels) == 16
+        and split.classes == val.classes
+    )
     assert not np.array_equal(val.parts[0].images, split.parts[0].images[:16])
     monkeypatch.setattr(D.solids, "render_split", raiser(AssertionError("rendered again")))
     np.testing.assert_array_equal(D.load(config, "pretrain").parts[0].images, split.parts[0].images)
@@ -628,9 +836,11 @@ def test_store_on_a_cpu_copies_nothing_and_does_not_warn(stl10):
     assert [p.data_ptr() for p in store.parts] == [part.images.ctypes.data for part in split.parts]
 
 
-PAPER = {   # A.1; ImageNet's are the usual ones
-    "stl10": ([0.4467, 0.4398, 0.4066], [0.2241, 0.2215, 0.2239]), "3diebench": ([0.5016, 0.5037, 0.5060], [0.1030, 0.0999, 0.0969]),
-    "cifar100": ([0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]), "tiny-imagenet": ([0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]),
+PAPER = {  # A.1; ImageNet's are the usual ones
+    "stl10": ([0.4467, 0.4398, 0.4066], [0.2241, 0.2215, 0.2239]),
+    "3diebench": ([0.5016, 0.5037, 0.5060], [0.1030, 0.0999, 0.0969]),
+    "cifar100": ([0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]),
+    "tiny-imagenet": ([0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 }
 
@@ -640,7 +850,9 @@ def test_images_are_normalised_with_the_papers_constants(make_config, monkeypatc
     monkeypatch.setitem(D.READERS, dataset, lambda *_: prepare.Reading([], np.zeros(0), [], {}))
     split = D.load(make_config(dataset), "train")
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 6), dtype=np.uint8)
-    ours = images_module.normalise(torch.from_numpy(images), torch.tensor(split.mean), torch.tensor(split.std), channel_dim=1)
+    ours = images_module.normalise(
+        torch.from_numpy(images), torch.tensor(split.mean), torch.tensor(split.std), channel_dim=1
+    )
     mean, std = (np.array(v).reshape(3, 1, 1) for v in PAPER[dataset])
     assert ours.dtype == torch.float32
     np.testing.assert_allclose(ours, (images / 255 - mean) / std, atol=2e-6)
@@ -651,8 +863,20 @@ def test_images_smaller_than_a_vit_s_patch_are_named(tmp_path, make_config):
     folder.mkdir(parents=True)
     for i in range(20):
         Image.new("RGB", (40, 40) if i else (12, 4)).save(folder / f"{i}.png")
-    config = make_config("folder", "regions", image_size=32, patch_size=8, encoder="vit-nano", data_dir=str(folder))
-    with pytest.raises(BadInput, match=r"0.png: 12 x 4 pixels, smaller than a patch \(--patch-size 8\); remove it"):
+    config = make_config(
+        "folder", "regions", image_size=32, patch_size=8, encoder="vit-nano", data_dir=str(folder)
+    )
+    with pytest.raises(
+        BadInput, match=r"0.png: 12 x 4 pixels, smaller than a patch \(--patch-size 8\); remove it"
+    ):
         for split in ("train", "val"):
             D.load(config, split)
-    assert len(D.load(make_config("folder", "saccade", image_size=32, patch_size=8, data_dir=str(folder)), "train").labels) == 18
+    assert (
+        len(
+            D.load(
+                make_config("folder", "saccade", image_size=32, patch_size=8, data_dir=str(folder)),
+                "train",
+            ).labels
+        )
+        == 18
+    )

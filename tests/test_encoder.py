@@ -10,7 +10,8 @@ from encoder import Block, ResNet18, ViT, load_pretrained
 
 
 def torchvision_twin(encoder):
-    """torchvision's ResNet-18 without classifier, with our weights, as README tells users to load encoder.pt."""
+    """torchvision's ResNet-18 without classifier, with our weights, as README tells users to load
+    encoder.pt."""
     twin = torchvision.models.resnet18()
     twin.fc = nn.Identity()
     twin.load_state_dict(encoder.state_dict(), strict=True)
@@ -18,7 +19,8 @@ def torchvision_twin(encoder):
 
 
 def shaken(encoder):
-    """Random norms, so that zero-initialised branches and unit statistics cannot hide a difference."""
+    """Random norms, so that zero-initialised branches and unit statistics cannot hide a
+    difference."""
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -40,7 +42,11 @@ def test_standard_stem_equals_torchvision(size, training):
 def test_cifar_stem_equals_torchvision_with_its_stem_replaced():
     encoder = shaken(ResNet18(stem="cifar")).eval()
     twin = torchvision.models.resnet18()
-    twin.conv1, twin.maxpool, twin.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    twin.conv1, twin.maxpool, twin.fc = (
+        nn.Conv2d(3, 64, 3, padding=1, bias=False),
+        nn.Identity(),
+        nn.Identity(),
+    )
     twin.load_state_dict(encoder.state_dict())
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(encoder(x), twin.eval()(x), atol=1e-4, rtol=1e-4)
@@ -57,7 +63,9 @@ def test_blocks_start_as_the_identity():
     block = ResNet18(width=8).layer1[0].eval()
     x = torch.rand(2, 8, 5, 5)
     assert torch.equal(block(x), x)
-    assert all((m.bn2.weight == 0).all() for m in ResNet18(width=4).modules() if isinstance(m, Block))
+    assert all(
+        (m.bn2.weight == 0).all() for m in ResNet18(width=4).modules() if isinstance(m, Block)
+    )
 
 
 def test_z_norm_standardises_and_is_off_by_default():
@@ -71,18 +79,40 @@ def test_z_norm_standardises_and_is_off_by_default():
 # ---------------------------------------------------------------- ViT
 
 def torchvision_vit(vit):
-    """torchvision's VisionTransformer with the same weights; an independent implementation of attention and MLP."""
-    theirs = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=vit.depth, num_heads=vit.blocks[0].attn.heads,
-                                                  hidden_dim=vit.dim, mlp_dim=4 * vit.dim)
-    state = {"class_token": vit.cls_token.view(1, 1, -1), "conv_proj.weight": vit.patch_embed.proj.weight, "conv_proj.bias": vit.patch_embed.proj.bias,
-             "encoder.pos_embedding": torch.cat([torch.zeros(1, vit.dim), vit.positions])[None],
-             "encoder.ln.weight": vit.norm.weight, "encoder.ln.bias": vit.norm.bias}
-    names = {"norm1": "ln_1", "norm2": "ln_2", "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+    """torchvision's VisionTransformer with the same weights; an independent implementation of
+    attention and MLP."""
+    theirs = torchvision.models.VisionTransformer(
+        image_size=32,
+        patch_size=8,
+        num_layers=vit.depth,
+        num_heads=vit.blocks[0].attn.heads,
+        hidden_dim=vit.dim,
+        mlp_dim=4 * vit.dim,
+    )
+    state = {
+        "class_token": vit.cls_token.view(1, 1, -1),
+        "conv_proj.weight": vit.patch_embed.proj.weight,
+        "conv_proj.bias": vit.patch_embed.proj.bias,
+        "encoder.pos_embedding": torch.cat([torch.zeros(1, vit.dim), vit.positions])[None],
+        "encoder.ln.weight": vit.norm.weight,
+        "encoder.ln.bias": vit.norm.bias,
+    }
+    names = {
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attn.proj": "self_attention.out_proj",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.3",
+    }
     for i, block in enumerate(vit.blocks):
         for ours, other in names.items():
             for kind in ("weight", "bias"):
-                state[f"encoder.layers.encoder_layer_{i}.{other}.{kind}"] = block.get_parameter(f"{ours}.{kind}")
-        state[f"encoder.layers.encoder_layer_{i}.self_attention.in_proj_weight"] = block.attn.qkv.weight
+                state[f"encoder.layers.encoder_layer_{i}.{other}.{kind}"] = block.get_parameter(
+                    f"{ours}.{kind}"
+                )
+        state[f"encoder.layers.encoder_layer_{i}.self_attention.in_proj_weight"] = (
+            block.attn.qkv.weight
+        )
         state[f"encoder.layers.encoder_layer_{i}.self_attention.in_proj_bias"] = block.attn.qkv.bias
     keys = theirs.load_state_dict(state, strict=False)
     assert not keys.unexpected_keys and all(k.startswith("heads") for k in keys.missing_keys)
@@ -94,15 +124,24 @@ def test_vit_agrees_with_torchvision():
     for p in vit.parameters():
         p.data.add_(torch.randn_like(p) * 0.05)
     theirs = torchvision_vit(vit)
-    tokens = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(x)], dim=1))
+    tokens = theirs.encoder(
+        torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(x)], dim=1)
+    )
     torch.testing.assert_close(vit(x)[0], tokens, atol=1e-4, rtol=1e-4)
 
 
-# Published counts of DeiT-Ti, DeiT-S and torchvision's vit_b_16, vit_l_16, vit_h_14, less classifier and learned positions.
-@pytest.mark.parametrize("name, count", [
-    ("vit-tiny", 5_717_416 - 193 * 1000 - 197 * 192), ("vit-small", 22_050_664 - 385 * 1000 - 197 * 384),
-    ("vit-base", 86_567_656 - 769 * 1000 - 197 * 768), ("vit-large", 304_326_632 - 1025 * 1000 - 197 * 1024),
-    ("vit-huge", 632_045_800 - 1281 * 1000 - 257 * 1280)])
+# Published counts of DeiT-Ti, DeiT-S and torchvision's vit_b_16, vit_l_16, vit_h_14, less
+# classifier and learned positions.
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("vit-tiny", 5_717_416 - 193 * 1000 - 197 * 192),
+        ("vit-small", 22_050_664 - 385 * 1000 - 197 * 384),
+        ("vit-base", 86_567_656 - 769 * 1000 - 197 * 768),
+        ("vit-large", 304_326_632 - 1025 * 1000 - 197 * 1024),
+        ("vit-huge", 632_045_800 - 1281 * 1000 - 257 * 1280),
+    ],
+)
 def test_vit_sizes(name, count):
     with torch.device("meta"):
         vit = ViT(name, image_size=224, patch_size=14 if name == "vit-huge" else 16)
@@ -122,7 +161,10 @@ def test_vit_keeps_blocks_and_counts_tokens(cls):
 
 
 def test_hidden_tokens_cannot_reach_visible_ones():
-    vit, x = ViT("vit-nano", image_size=32, patch_size=8), torch.randn(1, 3, 32, 32, requires_grad=True)
+    vit, x = (
+        ViT("vit-nano", image_size=32, patch_size=8),
+        torch.randn(1, 3, 32, 32, requires_grad=True),
+    )
     rank = torch.zeros(1, 17, dtype=torch.long)
     rank[0, [0, 1, 2, 6]] = 1                                       # [CLS] and patches 0, 1, 5
     tokens, = vit(x, arrange(rank, torch.zeros_like(rank), sizes(rank > 0)[0]))
@@ -133,10 +175,17 @@ def test_hidden_tokens_cannot_reach_visible_ones():
 
 @pytest.mark.parametrize("prefix", ["", "module.", "encoder."])
 def test_weights_of_a_timm_style_vit_load(prefix):
-    source, vit = ViT("vit-nano", image_size=32, patch_size=8), ViT("vit-nano", image_size=32, patch_size=8)
+    source, vit = (
+        ViT("vit-nano", image_size=32, patch_size=8),
+        ViT("vit-nano", image_size=32, patch_size=8),
+    )
     state = {prefix + k: v for k, v in source.state_dict().items()}
-    state[prefix + "cls_token"] = state[prefix + "cls_token"].view(1, 1, -1)                # as timm has it
-    state |= {prefix + "pos_embed": torch.cat([torch.zeros(1, 128), source.positions])[None], prefix + "head.weight": torch.zeros(10, 128)}
+    # as timm has it
+    state[prefix + "cls_token"] = state[prefix + "cls_token"].view(1, 1, -1)
+    state |= {
+        prefix + "pos_embed": torch.cat([torch.zeros(1, 128), source.positions])[None],
+        prefix + "head.weight": torch.zeros(10, 128),
+    }
     load_pretrained(vit, state)
     assert all(torch.equal(a, b) for a, b in zip(vit.parameters(), source.parameters()))
     with pytest.raises(ValueError, match="positions"):

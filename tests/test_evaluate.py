@@ -1,4 +1,5 @@
-"""The table: every probe of a mode, on features of the frozen model, beside a random twin; and clear refusals."""
+"""The table: every probe of a mode, on features of the frozen model, beside a random twin; and
+clear refusals."""
 import csv
 import dataclasses
 import json
@@ -24,26 +25,59 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def trained(photos, tmp_path):
     def run(mode, *flags):
-        assert train.main(command(mode, photos, tmp_path, "--name", mode, "--epochs", "1", *flags)) == 0
+        assert (
+            train.main(command(mode, photos, tmp_path, "--name", mode, "--epochs", "1", *flags))
+            == 0
+        )
         return tmp_path / "runs" / mode
     return run
 
 
-@pytest.mark.parametrize("mode, expected", [
-    ("saccade", {"classify": 3, "knn": 3, "action": 1, "parameters": 1, "path": 6}),
-    ("augment", {"classify": 3, "knn": 3, "action": 3, "parameters": 3}),
-    ("rotation", {"classify": 3, "knn": 3, "action": 2, "parameters": 2, "path": 6, "invariance": 1, "retrieval": 3}),
-])
+@pytest.mark.parametrize(
+    "mode, expected",
+    [
+        ("saccade", {"classify": 3, "knn": 3, "action": 1, "parameters": 1, "path": 6}),
+        ("augment", {"classify": 3, "knn": 3, "action": 3, "parameters": 3}),
+        (
+            "rotation",
+            {
+                "classify": 3,
+                "knn": 3,
+                "action": 2,
+                "parameters": 2,
+                "path": 6,
+                "invariance": 1,
+                "retrieval": 3,
+            },
+        ),
+    ],
+)
 def test_every_probe_of_a_mode_gives_its_rows(mode, expected, trained, capsys):
     run = trained(mode)
     lengths = ["1", "2"]
-    assert evaluate.main([str(run / "last.pt"), "--views", *lengths, "--probe-epochs", "2", "--samplings", "1", "--figures"]) == 0
+    assert (
+        evaluate.main(
+            [
+                str(run / "last.pt"),
+                "--views",
+                *lengths,
+                "--probe-epochs",
+                "2",
+                "--samplings",
+                "1",
+                "--figures",
+            ]
+        )
+        == 0
+    )
     result = json.loads((run / "probes.json").read_text())
     counts = {p: sum(r["probe"] == p for r in result["rows"]) for p in expected}
     assert counts == expected and len(result["rows"]) == sum(expected.values())
     printed = capsys.readouterr().out
     for r in result["rows"]:
-        assert torch.tensor([r["value"], r["untrained"]]).isfinite().all() and r["epochs"] == (0 if r["probe"] in ("knn", "retrieval") else 2)
+        assert torch.tensor([r["value"], r["untrained"]]).isfinite().all() and r["epochs"] == (
+            0 if r["probe"] in ("knn", "retrieval") else 2
+        )
         assert r["from"] in printed and r["head"] in printed
     assert "val" in printed and result["n_train"] > 0 and result["step"] > 0
 
@@ -62,16 +96,25 @@ def test_evaluation_leaves_the_checkpoint_s_model_untouched(trained, monkeypatch
 
 
 def test_untrained_twin_has_initial_weights_and_settled_statistics(make_config, photos):
-    config = make_config(data_dir=str(photos), image_size=20, patch_size=8, width=2, action_dim=4, batch_size=8)
+    config = make_config(
+        data_dir=str(photos), image_size=20, patch_size=8, width=2, action_dim=4, batch_size=8
+    )
     views = build_views(config, "train", CPU)
     fresh = build_model(config, views.groups)
     twin = evaluate.settle_batchnorm(build_model(config, views.groups), views, 2)
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), twin.parameters()))
     assert not torch.equal(fresh.encoder.bn1.running_mean, twin.encoder.bn1.running_mean)
-    with torch.no_grad():                                   # the first layer sees what training will show it: its statistics are known
-        seen = fresh.encoder.conv1(views(torch.randint(len(views), (2000,)), 2).views[:, :2].flatten(0, 1))
-    torch.testing.assert_close(twin.encoder.bn1.running_mean, seen.mean((0, 2, 3)), atol=0.05, rtol=0.05)
-    torch.testing.assert_close(twin.encoder.bn1.running_var, seen.var((0, 2, 3)), atol=0.05, rtol=0.05)
+    # the first layer sees what training will show it: its statistics are known
+    with torch.no_grad():
+        seen = fresh.encoder.conv1(
+            views(torch.randint(len(views), (2000,)), 2).views[:, :2].flatten(0, 1)
+        )
+    torch.testing.assert_close(
+        twin.encoder.bn1.running_mean, seen.mean((0, 2, 3)), atol=0.05, rtol=0.05
+    )
+    torch.testing.assert_close(
+        twin.encoder.bn1.running_var, seen.var((0, 2, 3)), atol=0.05, rtol=0.05
+    )
 
 
 def test_heads_and_epochs_are_the_paper_s():
@@ -142,30 +185,66 @@ def test_table_is_aligned_and_says_what_is_missing():
     score = probes.row("action", "position", "z_1, z_2", "linear", 50, "R2", 0.5)
     rows = [top1 | dict(untrained=20.0, paper=81.2), score | dict(untrained=-0.01, paper=None)]
     lines = evaluate.table(rows).splitlines()
-    assert "81.2" in lines[1] and "0.500" in lines[2] and "-0.010" in lines[2] and lines[2].endswith("-")
+    assert (
+        "81.2" in lines[1]
+        and "0.500" in lines[2]
+        and "-0.010" in lines[2]
+        and lines[2].endswith("-")
+    )
     assert len({line.index(unit) for line, unit in zip(lines, ("unit", "top-1 %", "R2"))}) == 1
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--probe", "invariance"], "--probe invariance: does not apply to mode saccade"),
-    (["--probe", "transfer"], "--probe transfer: stands alone and needs --dataset"),
-    (["--probe", "transfer", "--dataset", "folder", "--patch-size", "90", "--image-size", "40"], "--patch-size 90 is larger"),
-    (["--image-size", "40"], "--image-size and --patch-size: only with --probe transfer"),
-    (["--probe", "transfer", "--dataset", "folder", "--figures", "--image-size", "40", "--patch-size", "8"], "--figures: shows the run's own data"),
-    (["--json", "nowhere/x.json"], "--json nowhere/x.json: its folder does not exist"),
-    (["--json", "/"], "--json /: is a folder"),
-    (["--limit", "-5"], "--limit at least 0"),
-    (["--views", "0"], "--views 0: M_val must be at least 1"),
-    (["--samplings", "0"], "--samplings must be at least 1"),
-    (["--data-dir", "nowhere"], "nowhere: not found"),
-    (["--device", "abacus"], "--device abacus"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--probe", "invariance"], "--probe invariance: does not apply to mode saccade"),
+        (["--probe", "transfer"], "--probe transfer: stands alone and needs --dataset"),
+        (
+            [
+                "--probe",
+                "transfer",
+                "--dataset",
+                "folder",
+                "--patch-size",
+                "90",
+                "--image-size",
+                "40",
+            ],
+            "--patch-size 90 is larger",
+        ),
+        (["--image-size", "40"], "--image-size and --patch-size: only with --probe transfer"),
+        (
+            [
+                "--probe",
+                "transfer",
+                "--dataset",
+                "folder",
+                "--figures",
+                "--image-size",
+                "40",
+                "--patch-size",
+                "8",
+            ],
+            "--figures: shows the run's own data",
+        ),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json: its folder does not exist"),
+        (["--json", "/"], "--json /: is a folder"),
+        (["--limit", "-5"], "--limit at least 0"),
+        (["--views", "0"], "--views 0: M_val must be at least 1"),
+        (["--samplings", "0"], "--samplings must be at least 1"),
+        (["--data-dir", "nowhere"], "nowhere: not found"),
+        (["--device", "abacus"], "--device abacus"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(flags, words, trained, capsys):
     run = trained("saccade")
     capsys.readouterr()
     assert evaluate.main([str(run / "last.pt"), *flags]) == 2
     error = capsys.readouterr().err
-    assert words in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    assert (
+        words in error
+        and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    )
     assert not (run / "probes.json").exists()
 
 
@@ -174,29 +253,69 @@ def test_transfer_probes_another_data_set(trained, photos, tmp_path):
     run = trained("saccade")
     for i in range(30):
         (tmp_path / "other" / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (24, 24), (80 * (i % 3), i, 0)).save(tmp_path / "other" / f"class{i % 3}" / f"{i}.png")
-    flags = ["--probe", "transfer", "--dataset", "folder", "--data-dir", str(tmp_path / "other"), "--image-size", "24", "--patch-size", "10"]
-    assert evaluate.main([str(run / "last.pt"), *flags, "--views", "1", "3", "--probe-epochs", "2", "--samplings", "1"]) == 0
+        Image.new("RGB", (24, 24), (80 * (i % 3), i, 0)).save(
+            tmp_path / "other" / f"class{i % 3}" / f"{i}.png"
+        )
+    flags = [
+        "--probe",
+        "transfer",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        str(tmp_path / "other"),
+        "--image-size",
+        "24",
+        "--patch-size",
+        "10",
+    ]
+    assert (
+        evaluate.main(
+            [
+                str(run / "last.pt"),
+                *flags,
+                "--views",
+                "1",
+                "3",
+                "--probe-epochs",
+                "2",
+                "--samplings",
+                "1",
+            ]
+        )
+        == 0
+    )
     result = json.loads((run / "probes-transfer-folder.json").read_text())
-    assert [r["probe"] for r in result["rows"]] == ["transfer"] * 2 and result["n_train"] + result["n_val"] == 30
+    assert [r["probe"] for r in result["rows"]] == ["transfer"] * 2 and result["n_train"] + result[
+        "n_val"
+    ] == 30
     assert (result["dataset"], result["classes"]) == ("folder", 3)
-    one, three = result["rows"]                             # what draw_transfer reads
-    assert one["patch_size"] == three["patch_size"] == 10 and one["gmac"] < three["gmac"] < 3 * one["gmac"]
+    one, three = result["rows"]  # what draw_transfer reads
+    assert (
+        one["patch_size"] == three["patch_size"] == 10
+        and one["gmac"] < three["gmac"] < 3 * one["gmac"]
+    )
     assert f"M=3, {three['gmac']:.3g}e9 MAC" in three["from"]
-    assert figures_runs.draw_transfer([run / "probes-transfer-folder.json"], tmp_path / "transfer.png").exists()
+    assert figures_runs.draw_transfer(
+        [run / "probes-transfer-folder.json"], tmp_path / "transfer.png"
+    ).exists()
 
 
 def test_multiply_adds_are_those_of_b6():
-    """B.6: 1.25e9 for 4 patches of 84 px. (Its 2.35e9 for 8 patches of 32 px is what 4 patches cost; 8 take 4.56e9.)"""
+    """B.6: 1.25e9 for 4 patches of 84 px. (Its 2.35e9 for 8 patches of 32 px is what 4 patches
+    cost; 8 take 4.56e9.)"""
     from types import SimpleNamespace
 
     from config import Config
     def cost(patch, M):
         config = Config(mode="saccade", image_size=224, patch_size=patch)
-        views = lambda index, M: SimpleNamespace(views=torch.zeros(2, M + 1, 3, patch, patch), actions=torch.zeros(2, M, 2))
+        views = lambda index, M: SimpleNamespace(
+            views=torch.zeros(2, M + 1, 3, patch, patch), actions=torch.zeros(2, M, 2)
+        )
         return probes.multiply_adds(build_model(config, {"position": slice(0, 2)}), views, M) / 1e9
     assert cost(84, 4) == pytest.approx(1.25, abs=0.01)
-    assert cost(32, 8) == pytest.approx(4.56, abs=0.01) and cost(32, 4) == pytest.approx(2.29, abs=0.01)
+    assert cost(32, 8) == pytest.approx(4.56, abs=0.01) and cost(32, 4) == pytest.approx(
+        2.29, abs=0.01
+    )
 
 
 def test_foreign_checkpoint_is_refused(tmp_path, capsys):
@@ -211,14 +330,24 @@ def test_more_views_than_renders_is_refused(trained, capsys):
     assert "--views 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lengths", [["--views", "1", "4"], []])               # the paper's lengths, 1 3 5, are too many as well
-def test_more_views_than_renders_is_refused_before_anything_is_rendered(lengths, trained, tmp_path, monkeypatch, capsys):
+# the paper's lengths, 1 3 5, are too many as well
+@pytest.mark.parametrize("lengths", [["--views", "1", "4"], []])
+def test_more_views_than_renders_is_refused_before_anything_is_rendered(
+    lengths, trained, tmp_path, monkeypatch, capsys
+):
     run = trained("rotation")
     capsys.readouterr()
     monkeypatch.setattr(evaluate, "build_views", lambda *_: pytest.fail("data was prepared first"))
-    assert evaluate.main([str(run / "last.pt"), *lengths, "--data-dir", str(tmp_path / "elsewhere")]) == 2
+    assert (
+        evaluate.main([str(run / "last.pt"), *lengths, "--data-dir", str(tmp_path / "elsewhere")])
+        == 2
+    )
     error = capsys.readouterr().err
-    assert error.startswith("error: --views ") and error.count("\n") == 1 and "an object has 4" in error
+    assert (
+        error.startswith("error: --views ")
+        and error.count("\n") == 1
+        and "an object has 4" in error
+    )
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -229,16 +358,32 @@ def saved_with(run, **config):
     return str(run / "last.pt")
 
 
-@pytest.mark.parametrize("dataset, words", [("stl10", "train_X.bin: not found"), ("cifar10", "no intact cifar10 there"),
-                                            ("tiny-imagenet", "tiny-imagenet-200: not found"), ("3diebench", "train_images.npy: not found")])
-def test_data_of_another_kind_is_refused_and_nothing_is_fetched(dataset, words, trained, photos, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "dataset, words",
+    [
+        ("stl10", "train_X.bin: not found"),
+        ("cifar10", "no intact cifar10 there"),
+        ("tiny-imagenet", "tiny-imagenet-200: not found"),
+        ("3diebench", "train_images.npy: not found"),
+    ],
+)
+def test_data_of_another_kind_is_refused_and_nothing_is_fetched(
+    dataset, words, trained, photos, monkeypatch, capsys
+):
     """--data-dir names a folder of photos, the run was trained on something else."""
     checkpoint = saved_with(trained("saccade"), dataset=dataset)
-    monkeypatch.setattr(datasets, "_download", lambda *_, **__: pytest.fail("a download was started"))
+    monkeypatch.setattr(
+        datasets, "_download", lambda *_, **__: pytest.fail("a download was started")
+    )
     capsys.readouterr()
     assert evaluate.main([checkpoint, "--data-dir", str(photos)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words in error and str(photos) in error
+    assert (
+        error.startswith("error: ")
+        and error.count("\n") == 1
+        and words in error
+        and str(photos) in error
+    )
 
 
 def test_classes_of_the_data_are_said(trained, tmp_path, capsys):
@@ -247,8 +392,19 @@ def test_classes_of_the_data_are_said(trained, tmp_path, capsys):
     run = trained("saccade")
     for i in range(30):
         (tmp_path / "other" / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20), (80 * (i % 3), i, 0)).save(tmp_path / "other" / f"class{i % 3}" / f"{i}.png")
-    flags = ["--data-dir", str(tmp_path / "other"), "--views", "1", "--samplings", "1", "--probe-epochs", "1"]
+        Image.new("RGB", (20, 20), (80 * (i % 3), i, 0)).save(
+            tmp_path / "other" / f"class{i % 3}" / f"{i}.png"
+        )
+    flags = [
+        "--data-dir",
+        str(tmp_path / "other"),
+        "--views",
+        "1",
+        "--samplings",
+        "1",
+        "--probe-epochs",
+        "1",
+    ]
     assert evaluate.main([str(run / "last.pt"), *flags]) == 0
     assert "27 training and 3 validation samples of 3 classes" in capsys.readouterr().out
     assert json.loads((run / "probes.json").read_text())["classes"] == 3
@@ -259,26 +415,43 @@ class Trap:
         return print, ("sprung",)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda path: torch.save(load_checkpoint(path) | dict(version=runs.VERSION + 1), path),
-     f"checkpoint version {runs.VERSION + 1}, this code reads"),
-    (lambda path: torch.save(load_checkpoint(path) | dict(model=Trap()), path), "contains more than tensors"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "is damaged"),
-    (lambda path: path.write_bytes((path.parent / "encoder.pt").read_bytes()), "not a checkpoint of this project"),
-    (lambda path: path.unlink(), "no checkpoint there"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda path: torch.save(load_checkpoint(path) | dict(version=runs.VERSION + 1), path),
+            f"checkpoint version {runs.VERSION + 1}, this code reads",
+        ),
+        (
+            lambda path: torch.save(load_checkpoint(path) | dict(model=Trap()), path),
+            "contains more than tensors",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "is damaged"),
+        (
+            lambda path: path.write_bytes((path.parent / "encoder.pt").read_bytes()),
+            "not a checkpoint of this project",
+        ),
+        (lambda path: path.unlink(), "no checkpoint there"),
+    ],
+)
 def test_unusable_checkpoint_is_one_line_and_status_2(damage, words, trained, capsys):
     run = trained("saccade")
     damage(run / "last.pt")
     capsys.readouterr()
     assert evaluate.main([str(run / "last.pt")]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err and str(run) in captured.err
+    assert (
+        captured.err.startswith("error: ")
+        and captured.err.count("\n") == 1
+        and words in captured.err
+        and str(run) in captured.err
+    )
     assert captured.out == "" and not (run / "probes.json").exists()
 
 
 def test_all_heads_beat_noise_on_informative_features(make_config):
-    """End to end of one row: features that contain the class and the action are read out, pure noise is not."""
+    """End to end of one row: features that contain the class and the action are read out, pure
+    noise is not."""
     from types import SimpleNamespace
 
     from probes import Features, Setup
@@ -289,7 +462,9 @@ def test_all_heads_beat_noise_on_informative_features(make_config):
         if informative:
             z[0, :, 0, :3] += 4 * torch.nn.functional.one_hot(y, 3)
             z[0, :, 1, 3:5] = z[0, :, 0, 3:5] + action[0, :, 0]
-        return Features(z[:, :, 0], z, action, action, torch.randn(1, n, 2, 2), y, {1: z[:, :, 0]}, {}, {})
+        return Features(
+            z[:, :, 0], z, action, action, torch.randn(1, n, 2, 2), y, {1: z[:, :, 0]}, {}, {}
+        )
     views = SimpleNamespace(groups={"position": slice(0, 2)}, classes=["a", "b", "c"])
     setup = Setup(views={"val": views}, device=CPU, seed=0, M_train=1, probe_epochs=600)
     for informative in (True, False):

@@ -1,4 +1,5 @@
-"""Figures are drawn from plain files and features, in every case that can occur; the report needs nothing else."""
+"""Figures are drawn from plain files and features, in every case that can occur; the report needs
+nothing else."""
 import json
 import re
 import sys
@@ -17,8 +18,21 @@ from probes import row
 
 def metrics(epoch, probed=False):
     value = 1.0 if probed else float("nan")
-    return dict(epoch=epoch, step=epoch, loss=1 / epoch, lr=0.1, tau=0.9, z_std=1, z_rank=3, z_agg_std=1, z_agg_rank=2, images_per_second=5,
-                knn_z=value, knn_z_agg=value, action_r2=value)
+    return dict(
+        epoch=epoch,
+        step=epoch,
+        loss=1 / epoch,
+        lr=0.1,
+        tau=0.9,
+        z_std=1,
+        z_rank=3,
+        z_agg_std=1,
+        z_agg_rank=2,
+        images_per_second=5,
+        knn_z=value,
+        knn_z_agg=value,
+        action_r2=value,
+    )
 
 
 def drawn(path):
@@ -33,17 +47,30 @@ def test_curves_from_a_three_line_log(tmp_path, probed):
 
 
 def rows():
-    classify = [row("classify", "class", name, "linear classifier", 3, "top-1 %", value) | dict(untrained=1.0, paper=None)
-                for name, value in (("z", 30.0), ("z_agg M=1", 20.0), ("z_agg M=5", 40.0))]
-    path = [row("path", "position", f"z_agg, a_M, M={M}{words}", "linear", 3, "R2", 0.1 * M) | dict(untrained=0.0, paper=None)
-            for M in (1, 5) for words in ("", ", no actions", ", no views")]
+    classify = [
+        row("classify", "class", name, "linear classifier", 3, "top-1 %", value)
+        | dict(untrained=1.0, paper=None)
+        for name, value in (("z", 30.0), ("z_agg M=1", 20.0), ("z_agg M=5", 40.0))
+    ]
+    path = [
+        row("path", "position", f"z_agg, a_M, M={M}{words}", "linear", 3, "R2", 0.1 * M)
+        | dict(untrained=0.0, paper=None)
+        for M in (1, 5)
+        for words in ("", ", no actions", ", no views")
+    ]
     return classify + path
 
 
 def test_nearest_neighbours_are_the_nearest(tmp_path, monkeypatch):
     """Features on a line: the neighbours of a point are the ones beside it."""
     angle = torch.linspace(0, 1, 9)
-    gallery = figures.Gallery(torch.rand(9, 4, 4, 3), torch.stack([angle.cos(), angle.sin()], 1), torch.rand(9, 3), torch.rand(9, 2), torch.arange(9))
+    gallery = figures.Gallery(
+        torch.rand(9, 4, 4, 3),
+        torch.stack([angle.cos(), angle.sin()], 1),
+        torch.rand(9, 3),
+        torch.rand(9, 2),
+        torch.arange(9),
+    )
     words = []
     monkeypatch.setattr(figures.plt.Axes, "set_xlabel", lambda self, text, **kw: words.append(text))
     views = type("V", (), dict(classes=list("abcdefghi")))
@@ -114,7 +141,8 @@ def test_pca_finds_the_two_directions_of_most_variance(monkeypatch):
 
 
 class FakeUMAP:
-    """Stands in for umap-learn, which the tests must not need: the first two columns are the map."""
+    """Stands in for umap-learn, which the tests must not need: the first two columns are the
+    map."""
 
     def __init__(self, random_state, n_jobs):
         assert random_state == 0
@@ -127,8 +155,16 @@ class FakeUMAP:
 def test_maps_use_umap_where_there_is_one_and_say_so(n, method, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=FakeUMAP))
     titles = []
-    monkeypatch.setattr(figures.plt.Figure, "suptitle", lambda self, text, **kw: titles.append(text))
-    gallery = figures.Gallery(torch.rand(n, 4, 4, 3), torch.randn(n, 5), torch.randn(n, 7), torch.rand(n, 2), torch.arange(n) % 2)
+    monkeypatch.setattr(
+        figures.plt.Figure, "suptitle", lambda self, text, **kw: titles.append(text)
+    )
+    gallery = figures.Gallery(
+        torch.rand(n, 4, 4, 3),
+        torch.randn(n, 5),
+        torch.randn(n, 7),
+        torch.rand(n, 2),
+        torch.arange(n) % 2,
+    )
     config = SimpleNamespace(mode="saccade", condition="none", views=2)
     views = SimpleNamespace(classes=["a", "b"], maps={"x of fixation": 0})
     assert drawn(figures.draw_maps(gallery, views, config, tmp_path / "maps.png"))
@@ -141,8 +177,22 @@ def test_report_is_one_file_with_table_figures_and_settings(tmp_path):
     figures.draw_curves(tmp_path)
     figures.draw_lengths(rows(), type("C", (), dict(views=3)), tmp_path / "lengths.png")
     figures.draw_path(rows(), tmp_path / "path.png")
-    config = dict(name="a <b>", method="seq-jepa", dataset="folder", mode="saccade", condition="none", views=3, batch_size=8)
+    config = dict(
+        name="a <b>",
+        method="seq-jepa",
+        dataset="folder",
+        mode="saccade",
+        condition="none",
+        views=3,
+        batch_size=8,
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    page = write_report(tmp_path, dict(step=7, n_train=5, n_val=2, samplings=1, rows=rows())).read_text()
-    assert page.count("data:image/png;base64,") == 3 and page.count("<tr>") == 1 + len(rows()) and "a &lt;b&gt;" in page
+    page = write_report(
+        tmp_path, dict(step=7, n_train=5, n_val=2, samplings=1, rows=rows())
+    ).read_text()
+    assert (
+        page.count("data:image/png;base64,") == 3
+        and page.count("<tr>") == 1 + len(rows())
+        and "a &lt;b&gt;" in page
+    )
     assert not re.search(r"""(src|href)=['"](?!data:)""", page)

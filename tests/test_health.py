@@ -9,7 +9,9 @@ from plumbing.health import Meters, collapsed, effective_rank, feature_std
 
 def test_effective_rank_and_spread_of_known_features():
     spread = torch.randn(4000, 8)
-    assert effective_rank(spread) == pytest.approx(8, abs=0.1) and feature_std(spread) == pytest.approx(1, abs=0.05)
+    assert effective_rank(spread) == pytest.approx(8, abs=0.1) and feature_std(
+        spread
+    ) == pytest.approx(1, abs=0.05)
     line = torch.randn(400, 1) * torch.ones(1, 8)
     assert effective_rank(line) == pytest.approx(1, abs=0.01)
     collapsed = torch.ones(400, 8) + 1e-4 * torch.randn(400, 8)

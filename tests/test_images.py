@@ -23,10 +23,17 @@ def strided(tmp_path, n, seed):
 @pytest.mark.parametrize("sizes", [[9], [4, 5], [1, 7, 1], [3, 0, 6]], ids=str)
 def test_store_reads_its_parts_as_one(tmp_path, monkeypatch, sizes, fits):
     monkeypatch.setattr(I, "fits", lambda *_: fits)
-    arrays = [strided(tmp_path, n, seed) if n else np.zeros((0, 3, 7, 5), np.uint8) for seed, n in enumerate(sizes)]
+    arrays = [
+        strided(tmp_path, n, seed) if n else np.zeros((0, 3, 7, 5), np.uint8)
+        for seed, n in enumerate(sizes)
+    ]
     store, whole = I.Store(arrays, CPU), np.concatenate(arrays)
     assert len(store) == len(whole)
-    for index in (torch.arange(len(whole)), torch.randint(len(whole), (50,)), torch.tensor([len(whole) - 1, 0, 0])):
+    for index in (
+        torch.arange(len(whole)),
+        torch.randint(len(whole), (50,)),
+        torch.tensor([len(whole) - 1, 0, 0]),
+    ):
         rows = store[index]
         assert rows.dtype == torch.uint8
         np.testing.assert_array_equal(rows, whole[index.numpy()])
@@ -48,14 +55,17 @@ def test_normalise_finds_the_channels_and_leaves_its_input_alone(channel_dim):
     ours = I.normalise(images, mean, std, channel_dim)
     for c in range(3):
         expected = (images.select(channel_dim, c).double() / 255 - mean[c]) / std[c]
-        torch.testing.assert_close(ours.select(channel_dim, c).double(), expected, atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            ours.select(channel_dim, c).double(), expected, atol=2e-6, rtol=0
+        )
     assert torch.equal(images, before)
 
 
 # ---------------------------------------------------------------- Store: rows fetched ahead
 
 def batches_of(store, told):
-    """Five batches as a training loop takes them; told: whether the next one is announced before each."""
+    """Five batches as a training loop takes them; told: whether the next one is announced before
+    each."""
     order = torch.randperm(len(store), generator=torch.Generator().manual_seed(3)).split(4)
     got = []
     for i, index in enumerate(order):
@@ -87,14 +97,20 @@ def test_announcements_that_nobody_takes_are_forgotten():
     for i in range(8):
         store.prefetch(torch.tensor([i]))
     assert len(store.waiting) == I.AHEAD
-    assert store[torch.tensor([9, 0])].tolist() == [9, 0] and store[torch.tensor([7])].tolist() == [7]
+    assert store[torch.tensor([9, 0])].tolist() == [9, 0] and store[torch.tensor([7])].tolist() == [
+        7
+    ]
 
 
 def test_resident_rows_need_no_thread():
     for resident in ("yes", "auto"):
         store = I.Store([np.arange(10, dtype=np.float32)], CPU, resident)
         store.prefetch(torch.tensor([1]))
-        assert store.reader is None and store.waiting == [] and store[torch.tensor([1])].tolist() == [1]
+        assert (
+            store.reader is None
+            and store.waiting == []
+            and store[torch.tensor([1])].tolist() == [1]
+        )
 
 
 def test_an_exception_of_the_thread_is_raised_where_the_rows_are_asked_for():

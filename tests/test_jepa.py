@@ -13,8 +13,11 @@ GROUPS = {"first": slice(0, 2), "second": slice(2, 5)}
 
 
 def model(make_config, condition="all", **changes):
-    config = make_config(mode="augment", dataset="folder", width=2, action_dim=8, stem="cifar", **changes)
-    object.__setattr__(config, "condition", condition)             # GROUPS above are not those of a real mode
+    config = make_config(
+        mode="augment", dataset="folder", width=2, action_dim=8, stem="cifar", **changes
+    )
+    # GROUPS above are not those of a real mode
+    object.__setattr__(config, "condition", condition)
     return build_model(config, GROUPS)
 
 
@@ -69,13 +72,19 @@ def test_target_moves_by_exactly_one_minus_tau(make_config):
         p.data.normal_()
     before = copy.deepcopy(net.target_encoder)
     net.update_target(0.75)
-    for new, old, online in zip(net.target_encoder.parameters(), before.parameters(), net.encoder.parameters()):
+    for new, old, online in zip(
+        net.target_encoder.parameters(), before.parameters(), net.encoder.parameters()
+    ):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * online)
     frozen = copy.deepcopy(net.target_encoder)
     net.update_target(1.0)
-    assert all(torch.equal(a, b) for a, b in zip(net.target_encoder.parameters(), frozen.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.target_encoder.parameters(), frozen.parameters())
+    )
     net.update_target(0.0)
-    assert all(torch.equal(a, b) for a, b in zip(net.target_encoder.parameters(), net.encoder.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.target_encoder.parameters(), net.encoder.parameters())
+    )
 
 
 def test_target_normalises_with_its_own_batch(make_config):
@@ -90,7 +99,11 @@ def test_one_observed_view(make_config):
     net = model(make_config)
     out = run(net, *batch(1))
     out.loss.backward()
-    assert out.loss.isfinite() and out.z.shape == (B, 1, 16) and net.encoder.conv1.weight.grad.norm() > 0
+    assert (
+        out.loss.isfinite()
+        and out.z.shape == (B, 1, 16)
+        and net.encoder.conv1.weight.grad.norm() > 0
+    )
 
 
 def test_inputs_are_not_modified(make_config):
@@ -106,14 +119,21 @@ def test_action_in_says_who_sees_the_actions(make_config, action_in):
     views, actions = batch()
     z, a = net.encode(views[:, :-1]), net.embed(actions)
     other = net.embed(torch.randn_like(actions))
-    aggregate_differs = not torch.equal(net.aggregate(z, a[:, :-1]), net.aggregate(z, other[:, :-1]))
+    aggregate_differs = not torch.equal(
+        net.aggregate(z, a[:, :-1]), net.aggregate(z, other[:, :-1])
+    )
     z_agg = net.aggregate(z, a[:, :-1])
-    prediction_differs = not torch.equal(net.predict(z_agg, a[:, -1]), net.predict(z_agg, other[:, -1]))
+    prediction_differs = not torch.equal(
+        net.predict(z_agg, a[:, -1]), net.predict(z_agg, other[:, -1])
+    )
     assert aggregate_differs == (action_in in ("both", "aggregator"))
     assert prediction_differs == (action_in in ("both", "predictor"))
 
 
-@pytest.mark.parametrize("condition, seen", [("all", {0, 1, 2, 3, 4}), ("first", {0, 1}), ("second", {2, 3, 4}), ("none", set())])
+@pytest.mark.parametrize(
+    "condition, seen",
+    [("all", {0, 1, 2, 3, 4}), ("first", {0, 1}), ("second", {2, 3, 4}), ("none", set())],
+)
 def test_only_the_conditioned_columns_are_read(make_config, condition, seen):
     net = model(make_config, condition).eval()
     views, actions = batch()
@@ -141,10 +161,13 @@ def test_noise_actions_do_not_repeat_and_ignore_the_action():
 
 
 def test_embedding_statistics_come_from_real_actions_only():
-    """Unlike in the authors' code: rows of zeros for "no action" must not enter the BatchNorm of M = 1."""
+    """Unlike in the authors' code: rows of zeros for "no action" must not enter the BatchNorm of M
+    = 1."""
     embed = ActionEmbedding([0, 1], 8)
     a = embed(torch.randn(64, 1, 2))
-    torch.testing.assert_close(a.flatten(0, 1).std(0, unbiased=False), torch.ones(8), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        a.flatten(0, 1).std(0, unbiased=False), torch.ones(8), atol=1e-2, rtol=0
+    )
 
 
 def test_wrong_number_of_actions_is_said(make_config):

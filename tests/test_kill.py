@@ -1,8 +1,10 @@
-"""kill -9, again and again: no file is left half-written, and --resume ends where an undisturbed run ends.
+"""kill -9, again and again: no file is left half-written, and --resume ends where an undisturbed
+run ends.
 
     KILLS=50 python -m pytest tests/test_kill.py
 
-About half of the kills come at random moments of a run, the others at a random step of writing a checkpoint or the cache.
+About half of the kills come at random moments of a run, the others at a random step of writing a
+checkpoint or the cache.
 Every run is a process forked from one that has imported everything already.
 """
 import csv
@@ -31,10 +33,20 @@ from plumbing import loop, runs
 
 KILLS = int(os.environ.get("KILLS", 12))
 KILLS_A_RUN = 4                 # then it is left to end
-TINY = ("--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2 --width 2 --action-dim 4 --epochs 2 --batch-size 8 "
-        "--warmup-epochs 1 --device cpu --probe-every 2 --resume").split()
-STEPS = {"save": (torch, "save"), "fsync": (os, "fsync"), "link": (os, "link"), "replace": (os, "replace"), "unlink": (os, "unlink"),
-         "decode": (datasets.prepare, "decode"), "batch": (train, "next_batch")}
+TINY = (
+    "--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2 "
+    "--width 2 --action-dim 4 --epochs 2 --batch-size 8 "
+    "--warmup-epochs 1 --device cpu --probe-every 2 --resume"
+).split()
+STEPS = {
+    "save": (torch, "save"),
+    "fsync": (os, "fsync"),
+    "link": (os, "link"),
+    "replace": (os, "replace"),
+    "unlink": (os, "unlink"),
+    "decode": (datasets.prepare, "decode"),
+    "batch": (train, "next_batch"),
+}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs kill -9")
 
@@ -44,14 +56,17 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs kill -9")
 def run(argv, log, aim=None, strike=signal.SIGKILL):
     """train.main, output into `log`, checkpoints after every step.
 
-    aim: (name, n): `strike` comes at the n-th call of STEPS[name]. Without it, how often each was called is left in log.json."""
+    aim: (name, n): `strike` comes at the n-th call of STEPS[name]. Without it, how often each was
+    called is left in log.json."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())            # its own one leaves a semaphore behind when killed in a process of multiprocessing
+    # its own one leaves a semaphore behind when killed in a process of multiprocessing
+    tqdm.set_lock(threading.RLock())
     loop.SAVE_SECONDS = -1
-    train.draw_curves = lambda folder: (folder / "curves.png").touch()      # drawing would take as long as the run
+    # drawing would take as long as the run
+    train.draw_curves = lambda folder: (folder / "curves.png").touch()
     counts = dict.fromkeys(STEPS, 0)
     for name, (owner, attribute) in STEPS.items():
         setattr(owner, attribute, counted(getattr(owner, attribute), name, counts, aim, strike))
@@ -99,12 +114,16 @@ def run_on_a_disk_that_fills(argv, log, saves):
 
 @pytest.fixture(scope="module")
 def fork():
-    """start(function, ...) -> a process forked from a server that has imported torch and train, and computes with one thread."""
+    """start(function, ...) -> a process forked from a server that has imported torch and train, and
+    computes with one thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_kill", "torch._dynamo", "matplotlib.pyplot"])
     patch = pytest.MonkeyPatch()
-    patch.setenv("OMP_NUM_THREADS", "1")                    # no pool of threads, which a fork would not copy
-    patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    # no pool of threads, which a fork would not copy
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    )
     started = []
 
     def start(function, *args):
@@ -112,7 +131,8 @@ def fork():
         started[-1].start()
         return started[-1]
 
-    start(os.getpid).join()                                 # the server starts with the first, and takes these settings along
+    # the server starts with the first, and takes these settings along
+    start(os.getpid).join()
     patch.undo()
     yield start
     for process in started:
@@ -127,7 +147,8 @@ def end(process):
 
 @pytest.fixture(scope="module")
 def undisturbed(fork, photos, tmp_path_factory):
-    """(folder with its own copy of the photos, seconds, calls of each step, the run's folder) of a run that nothing disturbs."""
+    """(folder with its own copy of the photos, seconds, calls of each step, the run's folder) of a
+    run that nothing disturbs."""
     root = tmp_path_factory.mktemp("kill")
     shutil.copytree(photos, root / "data", ignore=shutil.ignore_patterns(".cache"))
     begin, log = time.monotonic(), root / "undisturbed.log"
@@ -144,37 +165,56 @@ def command(root, name):
 
 def check_whole(root, folder):
     """Every file that bears its final name can be read."""
-    steps = {name: runs.load_checkpoint(folder / name)["step"] for name in ("previous.pt", "last.pt") if (folder / name).exists()}
+    steps = {
+        name: runs.load_checkpoint(folder / name)["step"]
+        for name in ("previous.pt", "last.pt")
+        if (folder / name).exists()
+    }
     assert steps.get("previous.pt", -1) <= steps.get("last.pt", -1)
     if (folder / "encoder.pt").exists():
         runs._verify(folder / "encoder.pt")
     if (folder / "config.json").exists():
         json.loads((folder / "config.json").read_text())
     if (folder / "metrics.csv").exists():
-        assert all(row["step"] == 4 * row["epoch"] for row in runs.read_metrics(folder / "metrics.csv"))
+        assert all(
+            row["step"] == 4 * row["epoch"] for row in runs.read_metrics(folder / "metrics.csv")
+        )
     for key in (root / "data" / ".cache").glob("*.json"):
         assert json.loads(key.read_text()) == json.loads((root / "cache" / key.name).read_text())
-        np.testing.assert_array_equal(np.load(key.with_suffix(".npy")), np.load(root / "cache" / key.with_suffix(".npy").name))
+        np.testing.assert_array_equal(
+            np.load(key.with_suffix(".npy")), np.load(root / "cache" / key.with_suffix(".npy").name)
+        )
     for array in (root / "data" / ".cache").glob("*.npy"):
         np.load(array)
 
 
 def check_result(root, folder, reference):
-    """Model, optimizer, metrics apart from the speed, and the files there are: those of the undisturbed run."""
+    """Model, optimizer, metrics apart from the speed, and the files there are: those of the
+    undisturbed run."""
     a, b = (runs.load_checkpoint(f / "last.pt") for f in (folder, reference))
-    assert all(same(a[k], b[k]) for k in ("step", "meters", "model", "optimizer")) and a["step"] == 8
+    assert (
+        all(same(a[k], b[k]) for k in ("step", "meters", "model", "optimizer")) and a["step"] == 8
+    )
     assert same(*(torch.load(f / "encoder.pt", weights_only=True) for f in (folder, reference)))
-    rows = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(open(f / "metrics.csv", newline=""))]
-            for f in (folder, reference)]
+    rows = [
+        [
+            {k: v for k, v in row.items() if k != "images_per_second"}
+            for row in csv.DictReader(open(f / "metrics.csv", newline=""))
+        ]
+        for f in (folder, reference)
+    ]
     assert rows[0] == rows[1] and len(rows[0]) == 2
     assert {p.name for p in folder.iterdir()} == {p.name for p in reference.iterdir()}
-    assert {p.name for p in (root / "data" / ".cache").iterdir()} == {p.name for p in (root / "cache").iterdir()}
+    assert {p.name for p in (root / "data" / ".cache").iterdir()} == {
+        p.name for p in (root / "cache").iterdir()
+    }
 
 
 def test_killed_at_any_moment_a_run_resumes_to_the_same_result(fork, undisturbed):
     root, seconds, counts, reference = undisturbed
     rng, kills, ends = random.Random(0), [], 0
-    corners = [("decode", 9), ("replace", counts["replace"]), ("save", counts["save"])]     # a cache, a run's last file, its last two
+    # a cache, a run's last file, its last two
+    corners = [("decode", 9), ("replace", counts["replace"]), ("save", counts["save"])]
     while len(kills) < KILLS:
         name = f"killed-{ends}"
         folder, log = root / "runs" / name, root / f"{name}.log"
@@ -186,7 +226,8 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_result(fork, undisturbed
                     aim = corners.pop()
                 elif len(kills) % 2:
                     aim = rng.choice(list(STEPS))
-                    aim = aim, rng.randint(1, 1 + counts[aim] // (attempt + 1))     # there is less to do each time
+                    # there is less to do each time
+                    aim = aim, rng.randint(1, 1 + counts[aim] // (attempt + 1))
                 else:
                     delay = rng.uniform(0, seconds / (attempt + 1))
             process = fork(run, command(root, name), log, aim or ("never", 0))
@@ -206,14 +247,26 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_result(fork, undisturbed
 
 
 @pytest.mark.parametrize("saves", [0, 3])
-def test_a_disk_that_fills_stops_the_run_in_one_line_and_it_resumes_to_the_same_result(saves, fork, undisturbed):
+def test_a_disk_that_fills_stops_the_run_in_one_line_and_it_resumes_to_the_same_result(
+    saves, fork, undisturbed
+):
     root, _, _, reference = undisturbed
     folder, log = root / "runs" / f"full-{saves}", root / f"full-{saves}.log"
     assert end(fork(run_on_a_disk_that_fills, command(root, folder.name), log, saves)) == 2
     errors = [line for line in log.read_text().splitlines() if "error" in line.lower()]
-    kept = f"{folder / 'last.pt'}, the checkpoint before, is kept" if saves else "there was no checkpoint before"
-    assert len(errors) == 1 and f"error: {folder}" in errors[0] and errors[0].endswith(
-        f"step {saves + 1} could not be saved ({os.strerror(errno.EFBIG)}); {kept}: mend this, then --resume")
+    kept = (
+        f"{folder / 'last.pt'}, the checkpoint before, is kept"
+        if saves
+        else "there was no checkpoint before"
+    )
+    assert (
+        len(errors) == 1
+        and f"error: {folder}" in errors[0]
+        and errors[0].endswith(
+            f"step {saves + 1} could not be saved ({os.strerror(errno.EFBIG)}); {kept}: "
+            "mend this, then --resume"
+        )
+    )
     assert saves == 0 or runs.load_checkpoint(folder / "last.pt")["step"] == saves
     assert not list(folder.glob("*.part"))
     assert end(fork(run, command(root, folder.name), log)) == 0, log.read_text()
@@ -225,10 +278,14 @@ def test_resumed_from_the_previous_checkpoint_it_ends_in_the_same_result(fork, u
     root, _, _, reference = undisturbed
     folder, log = root / "runs" / "damaged", root / "damaged.log"
     assert end(fork(run, command(root, folder.name), log, ("batch", 5))) == -signal.SIGKILL
-    os.truncate(folder / "last.pt", (folder / "last.pt").stat().st_size - 1000)          # step 4, the end of an epoch
+    # step 4, the end of an epoch
+    os.truncate(folder / "last.pt", (folder / "last.pt").stat().st_size - 1000)
     assert len(runs.read_metrics(folder / "metrics.csv")) == 1
     assert end(fork(run, command(root, folder.name), log)) == 2
-    offer = f"{folder / 'last.pt'}: is damaged and was not loaded; the checkpoint before it is intact: mv "
+    offer = (
+        f"{folder / 'last.pt'}: is damaged and was not loaded; "
+        "the checkpoint before it is intact: mv "
+    )
     assert offer in log.read_text() and "Traceback" not in log.read_text()
     os.replace(folder / "previous.pt", folder / "last.pt")
     assert runs.load_checkpoint(folder / "last.pt")["step"] == 3
@@ -236,8 +293,14 @@ def test_resumed_from_the_previous_checkpoint_it_ends_in_the_same_result(fork, u
     check_result(root, folder, reference)
 
 
-@pytest.mark.parametrize("strike, aim, said", [(signal.SIGINT, ("decode", 5), "before training began"), (signal.SIGTERM, ("decode", 5), ""),
-                                               (signal.SIGINT, ("batch", 5), "saved, continue with --resume")])
+@pytest.mark.parametrize(
+    "strike, aim, said",
+    [
+        (signal.SIGINT, ("decode", 5), "before training began"),
+        (signal.SIGTERM, ("decode", 5), ""),
+        (signal.SIGINT, ("batch", 5), "saved, continue with --resume"),
+    ],
+)
 def test_an_interrupted_run_leaves_nothing_unfinished(strike, aim, said, fork, undisturbed):
     root, _, _, reference = undisturbed
     folder, log = root / "runs" / f"stopped-{aim[0]}-{strike}", root / "stopped.log"

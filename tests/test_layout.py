@@ -1,4 +1,5 @@
-"""The house stays in order: few files at the root, drawers that depend on nothing above them, no circles."""
+"""The house stays in order: few files at the root, drawers that depend on nothing above them, no
+circles."""
 import ast
 from pathlib import Path
 
@@ -15,7 +16,10 @@ def module_name(path):
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-FILES = {module_name(p): p for p in [*ROOT.glob("*.py"), *(p for d in DRAWERS for p in (ROOT / d).glob("*.py"))]}
+FILES = {
+    module_name(p): p
+    for p in [*ROOT.glob("*.py"), *(p for d in DRAWERS for p in (ROOT / d).glob("*.py"))]
+}
 
 
 def imports(module):

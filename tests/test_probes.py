@@ -1,4 +1,5 @@
-"""Metrics against scikit-learn, heads against closed forms, and proof that the model is not touched."""
+"""Metrics against scikit-learn, heads against closed forms, and proof that the model is not
+touched."""
 import numpy as np
 import pytest
 import torch
@@ -45,7 +46,9 @@ def test_accuracy_is_scikit_learn_s():
 def test_knn_is_brute_force():
     x, y, x_val = torch.randn(90, 6), torch.randint(0, 4, (90,)), torch.randn(40, 6)
     truth = torch.randint(0, 4, (40,))
-    vote = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x, y)
+    vote = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    ).fit(x, y)
     assert knn_accuracy(x, y, x_val, truth) == pytest.approx(100 * vote.score(x_val, truth))
 
 
@@ -62,20 +65,25 @@ def test_linear_regressor_reaches_least_squares():
 def test_mlp_head_learns_what_a_linear_one_cannot():
     x = torch.randn(1, 1000, 2)
     y = (x[0, :, :1] * x[0, :, 1:])
-    bent, straight = (fit(make(2, 1), x, y, F.mse_loss, 60)(x[0]).detach() for make in (mlp_head, linear_head))
+    bent, straight = (
+        fit(make(2, 1), x, y, F.mse_loss, 60)(x[0]).detach() for make in (mlp_head, linear_head)
+    )
     assert r2(bent, y).item() > 0.9 and r2(straight, y).item() < 0.1
     assert mlp_head(2, 1)[0].out_features == 1024
 
 
 def test_epoch_e_trains_on_sampling_e_mod_s():
-    """Two samplings with opposite targets: one epoch follows the first, and only alternation sees both."""
+    """Two samplings with opposite targets: one epoch follows the first, and only alternation sees
+    both."""
     x = torch.ones(2, 64, 1)
     y = torch.stack([torch.ones(64, 1), -torch.ones(64, 1)])
     one = fit(linear_head(1, 1), x, y, F.mse_loss, epochs=1)
     first_only = fit(linear_head(1, 1), x[:1], y[:1], F.mse_loss, epochs=1)
     assert torch.equal(one.weight, first_only.weight)
     two = fit(linear_head(1, 1), x, y, F.mse_loss, epochs=2)
-    assert not torch.equal(two.weight, fit(linear_head(1, 1), x[:1], y[:1], F.mse_loss, epochs=2).weight)
+    assert not torch.equal(
+        two.weight, fit(linear_head(1, 1), x[:1], y[:1], F.mse_loss, epochs=2).weight
+    )
 
 
 def test_a_probe_s_result_depends_on_its_seed_alone():
@@ -92,7 +100,8 @@ def model_and_views(make_config, make_split):
     config = make_config(image_size=24, patch_size=8, width=2, action_dim=4)
     views = Saccades(make_split(), config, CPU)
     model = build_model(config, views.groups).train()
-    for module in model.modules():                          # so that eval() and train() give different numbers
+    # so that eval() and train() give different numbers
+    for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     return model, views
@@ -119,23 +128,43 @@ def test_features_are_those_of_the_model_in_eval_mode(model_and_views):
             torch.testing.assert_close(features.z[s], z[:, :2])
             torch.testing.assert_close(features.z_agg[1][s], model.aggregate(z[:, :1], a[:, :0]))
             torch.testing.assert_close(features.z_agg[3][s], model.aggregate(z[:, :3], a[:, :2]))
-            torch.testing.assert_close(features.z_agg_blind[3][s], model.aggregate(0 * z[:, :3], a[:, :2]))
-            torch.testing.assert_close(features.z_agg_still[3][s], model.aggregate(z[:, :3], 0 * a[:, :2]))
-            torch.testing.assert_close(features.z_clean[s], model.encoder(views.clean(torch.arange(len(views)))))
-            assert torch.equal(features.actions[s], batch.actions) and torch.equal(features.params[s], batch.params)
-    assert torch.equal(features.labels, views.labels) and not torch.equal(features.z[0], features.z[1])
+            torch.testing.assert_close(
+                features.z_agg_blind[3][s], model.aggregate(0 * z[:, :3], a[:, :2])
+            )
+            torch.testing.assert_close(
+                features.z_agg_still[3][s], model.aggregate(z[:, :3], 0 * a[:, :2])
+            )
+            torch.testing.assert_close(
+                features.z_clean[s], model.encoder(views.clean(torch.arange(len(views))))
+            )
+            assert torch.equal(features.actions[s], batch.actions) and torch.equal(
+                features.params[s], batch.params
+            )
+    assert torch.equal(features.labels, views.labels) and not torch.equal(
+        features.z[0], features.z[1]
+    )
 
 
 def test_retrieval_ranks_by_hand():
     candidates = torch.tensor([[[1.0, 0], [0.8, 0.6], [0, 1], [-1, 0]]]).expand(3, -1, -1)
     z_hat = torch.tensor([[1.0, 0.05], [1.0, 0.05], [1.0, 0.05]])
     everyone = torch.ones(3, 4, dtype=torch.bool)
-    assert retrieval_ranks(z_hat, candidates, torch.tensor([0, 2, 3]), everyone).tolist() == [1, 3, 4]
+    assert retrieval_ranks(z_hat, candidates, torch.tensor([0, 2, 3]), everyone).tolist() == [
+        1,
+        3,
+        4,
+    ]
     without_first = everyone.clone()
     without_first[:, 0] = False
-    assert retrieval_ranks(z_hat, candidates, torch.tensor([1, 2, 3]), without_first).tolist() == [1, 2, 3]
+    assert retrieval_ranks(z_hat, candidates, torch.tensor([1, 2, 3]), without_first).tolist() == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_collapsed_features_do_not_win_retrieval():
     ones = torch.ones(2, 5, 3)
-    assert retrieval_ranks(ones[:, 0], ones, torch.tensor([0, 3]), torch.ones(2, 5, dtype=torch.bool)).tolist() == [5, 5]
+    assert retrieval_ranks(
+        ones[:, 0], ones, torch.tensor([0, 3]), torch.ones(2, 5, dtype=torch.bool)
+    ).tolist() == [5, 5]

@@ -1,4 +1,5 @@
-"""The ViT's probes: frozen means frozen, features by hand, schedules and groups as the protocol says, the command users type."""
+"""The ViT's probes: frozen means frozen, features by hand, schedules and groups as the protocol
+says, the command users type."""
 import copy
 import dataclasses
 import json
@@ -15,15 +16,26 @@ import train
 from build import build_model, build_views
 from probes_regions import Classifier, extract_images, fit_classifier, tuning_rate
 
-FLAGS = ("--dataset folder --mode regions --encoder vit-nano --image-size 32 --patch-size 8 --min-patches 2 --epochs 2 --warmup-epochs 1 "
-         "--batch-size 12 --device cpu").split()
+FLAGS = (
+    "--dataset folder --mode regions --encoder vit-nano --image-size 32 "
+    "--patch-size 8 --min-patches 2 --epochs 2 --warmup-epochs 1 "
+    "--batch-size 12 --device cpu"
+).split()
 
 
 @pytest.fixture
 def setting(make_config, make_split, monkeypatch):
     def make(**changes):
         monkeypatch.setattr("build.load", lambda config, split: make_split(20, 32))
-        config = make_config("folder", "regions", image_size=32, patch_size=8, encoder="vit-nano", min_patches=2, **changes)
+        config = make_config(
+            "folder",
+            "regions",
+            image_size=32,
+            patch_size=8,
+            encoder="vit-nano",
+            min_patches=2,
+            **changes,
+        )
         return build_model(config, {}), build_views(config, "train", torch.device("cpu"))
     return make
 
@@ -33,28 +45,40 @@ def test_features_are_the_target_encoders_and_by_hand(setting):
     for p in model.target_encoder.parameters():
         p.data.add_(torch.randn_like(p) * 0.05)                      # unlike the context encoder
     before = copy.deepcopy(model.state_dict())
-    features = extract_images(model, views, torch.device("cpu"), samplings=2, index=torch.arange(7), batch_size=3)
+    features = extract_images(
+        model, views, torch.device("cpu"), samplings=2, index=torch.arange(7), batch_size=3
+    )
     x, means = model.target_encoder.tokens(views.clean(torch.arange(7))), []
     for block in model.target_encoder.blocks:
         x = block(x)
         means.append(x[:, 1:].mean(1))
     last = model.target_encoder.norm(x)
-    torch.testing.assert_close(features.clean[0], torch.cat([*means[2:], last[:, 1:].mean(1)], dim=1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        features.clean[0], torch.cat([*means[2:], last[:, 1:].mean(1)], dim=1), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(features.cls[0], last[:, 0], atol=1e-4, rtol=1e-4)
-    assert features.crops.shape == (2, 7, 5 * 128) and not torch.equal(features.crops[0], features.crops[1])
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())) and model.training
+    assert features.crops.shape == (2, 7, 5 * 128) and not torch.equal(
+        features.crops[0], features.crops[1]
+    )
+    assert (
+        all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+        and model.training
+    )
     assert [name for name, _ in features.named()] == ["mean patch token", "[CLS]"]
 
 
 def test_without_cls_there_is_no_cls_row(setting):
     model, views = setting(cls=False, regions="random")
     features = extract_images(model, views, torch.device("cpu"))
-    assert [name for name, _ in features.named()] == ["mean patch token"] and features.crops.numel() == 0
+    assert [name for name, _ in features.named()] == [
+        "mean patch token"
+    ] and features.crops.numel() == 0
     assert list(probes_regions.probe_cls(model, features, features, None)) == []
 
 
 def test_linear_probe_rates_fall_tenfold_at_8_16_24_of_28_epochs():
-    """The rates that the optimiser really used, seen from a parameter whose gradient is 1 at every step."""
+    """The rates that the optimiser really used, seen from a parameter whose gradient is 1 at every
+    step."""
     class Constant(nn.Module):
         def __init__(self):
             super().__init__()
@@ -72,9 +96,20 @@ def test_linear_probe_rates_fall_tenfold_at_8_16_24_of_28_epochs():
         return out.mean()
 
     drops, base = probes_regions.LINEAR_DROPS, probes_regions.LINEAR_LR
-    fit_classifier(head, x, y, optimizer, lambda e: base * 0.1 ** sum(e >= d for d in drops), 28, batch_size=4, loss=loss)
+    fit_classifier(
+        head,
+        x,
+        y,
+        optimizer,
+        lambda e: base * 0.1 ** sum(e >= d for d in drops),
+        28,
+        batch_size=4,
+        loss=loss,
+    )
     steps = torch.tensor([*seen, -head.w.item()]).diff()
-    torch.testing.assert_close(steps, torch.tensor([0.01] * 8 + [1e-3] * 8 + [1e-4] * 8 + [1e-5] * 4), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(
+        steps, torch.tensor([0.01] * 8 + [1e-3] * 8 + [1e-4] * 8 + [1e-5] * 4), atol=1e-6, rtol=1e-3
+    )
 
 
 def test_linear_probe_solves_a_separable_problem_and_random_labels_stay_at_chance():
@@ -94,17 +129,34 @@ def test_fine_tuning_groups_hold_every_parameter_once_with_falling_rates(setting
     net = Classifier(setting()[0].target_encoder, 2)
     groups = net.groups()
     held = [id(p) for g in groups for p in g["params"]]
-    assert len(held) == len(set(held)) == len(list(net.parameters())) and all(p.requires_grad for p in net.parameters())
+    assert len(held) == len(set(held)) == len(list(net.parameters())) and all(
+        p.requires_grad for p in net.parameters()
+    )
     scale = {id(p): g["scale"] for g in groups for p in g["params"]}
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    assert scale[id(net.head.weight)] == 1 and scale[id(net.vit.blocks[5].attn.qkv.weight)] == pytest.approx(0.65)
-    assert scale[id(net.vit.blocks[0].mlp.fc1.bias)] == pytest.approx(0.65 ** 6) and scale[id(net.vit.patch_embed.proj.weight)] == pytest.approx(0.65 ** 7)
-    assert decay[id(net.vit.cls_token)] == decay[id(net.vit.norm.weight)] == decay[id(net.head.bias)] == 0 and decay[id(net.head.weight)] == 0.05
+    assert scale[id(net.head.weight)] == 1 and scale[
+        id(net.vit.blocks[5].attn.qkv.weight)
+    ] == pytest.approx(0.65)
+    assert scale[id(net.vit.blocks[0].mlp.fc1.bias)] == pytest.approx(0.65**6) and scale[
+        id(net.vit.patch_embed.proj.weight)
+    ] == pytest.approx(0.65**7)
+    assert (
+        decay[id(net.vit.cls_token)]
+        == decay[id(net.vit.norm.weight)]
+        == decay[id(net.head.bias)]
+        == 0
+        and decay[id(net.head.weight)] == 0.05
+    )
 
 
 def test_fine_tuning_warms_up_then_falls():
     rates = [tuning_rate(step, 100) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == 1 and rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert (
+        rates[0] == 0.1
+        and rates[9] == 1
+        and rates[:10] == sorted(rates[:10])
+        and rates[9:] == sorted(rates[9:], reverse=True)
+    )
     assert rates[54] == pytest.approx(0.5, abs=0.02) and rates[-1] == pytest.approx(0, abs=1e-3)
     assert all(0 < tuning_rate(0, steps) <= 1 for steps in (1, 2, 7))
 
@@ -113,26 +165,84 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
     out = ["--data-dir", str(photos), "--out", str(tmp_path)]
     assert train.main([*FLAGS, *out, "--name", "r", "--probe-every", "1"]) == 0
     run = tmp_path / "r"
-    assert evaluate.main([str(run / "last.pt"), "--probe", "linear", "knn", "cls", "finetune", "--probe-epochs", "2", "--figures", "--device", "cpu"]) == 0
+    assert (
+        evaluate.main(
+            [
+                str(run / "last.pt"),
+                "--probe",
+                "linear",
+                "knn",
+                "cls",
+                "finetune",
+                "--probe-epochs",
+                "2",
+                "--figures",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     rows = json.loads((run / "probes-linear-knn-cls-finetune.json").read_text())["rows"]
     assert [(r["probe"], r["from"]) for r in rows] == [
-        ("linear", "last 4 blocks, mean patch"), ("knn", "mean patch token"), ("knn", "[CLS]"), ("cls", "[CLS]"), ("finetune", "mean patch token, all weights")]
+        ("linear", "last 4 blocks, mean patch"),
+        ("knn", "mean patch token"),
+        ("knn", "[CLS]"),
+        ("cls", "[CLS]"),
+        ("finetune", "mean patch token, all weights"),
+    ]
     config = settings.Config(**settings.preset("imagenet", "regions"))
     published = evaluate.paper_numbers(config)
     for other in (dict(epochs=1), dict(limit=9), dict(regions="random")):
         assert evaluate.paper_numbers(dataclasses.replace(config, **other)) == {}
-    assert list(published.values()) == [73.5, 84.0] and set(published) <= {(r["probe"], r["predicts"], r["from"]) for r in rows}
+    assert list(published.values()) == [73.5, 84.0] and set(published) <= {
+        (r["probe"], r["predicts"], r["from"]) for r in rows
+    }
     assert all(0 <= r["value"] <= 100 and 0 <= r["untrained"] <= 100 for r in rows)
-    assert {"regions.png", "steps.png", "clusters.png", "curves.png", "report.html", "encoder.pt"} <= {p.name for p in run.iterdir()}
+    assert {
+        "regions.png",
+        "steps.png",
+        "clusters.png",
+        "curves.png",
+        "report.html",
+        "encoder.pt",
+    } <= {p.name for p in run.iterdir()}
     # encoder.pt is what was evaluated
-    target = {k.removeprefix("target_encoder."): v for k, v in torch.load(run / "last.pt", weights_only=True)["model"].items() if k.startswith("target_encoder.")}
+    target = {
+        k.removeprefix("target_encoder."): v
+        for k, v in torch.load(run / "last.pt", weights_only=True)["model"].items()
+        if k.startswith("target_encoder.")
+    }
     encoder = torch.load(run / "encoder.pt", weights_only=True)
-    assert encoder.keys() == target.keys() and all(torch.equal(encoder[k], target[k]) for k in target)
+    assert encoder.keys() == target.keys() and all(
+        torch.equal(encoder[k], target[k]) for k in target
+    )
     # on other images, with the run's own image and patch size
-    assert evaluate.main([str(run / "last.pt"), "--dataset", "folder", "--data-dir", str(photos), "--probe", "knn", "--device", "cpu"]) == 0
+    assert (
+        evaluate.main(
+            [
+                str(run / "last.pt"),
+                "--dataset",
+                "folder",
+                "--data-dir",
+                str(photos),
+                "--probe",
+                "knn",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
-    for flags, words in ((["--probe", "classify"], "does not apply to mode regions; choose from linear, knn, cls, finetune"),
-                         (["--dataset", "folder", "--patch-size", "4"], "a ViT's are fixed"), (["--probe", "transfer"], "does not apply")):
+    for flags, words in (
+        (
+            ["--probe", "classify"],
+            "does not apply to mode regions; choose from linear, knn, cls, finetune",
+        ),
+        (["--dataset", "folder", "--patch-size", "4"], "a ViT's are fixed"),
+        (["--probe", "transfer"], "does not apply"),
+    ):
         assert evaluate.main([str(run / "last.pt"), *flags]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1

@@ -1,4 +1,5 @@
-"""Regions against OpenCV, SciPy and slow per-image readings of the paper; masks and orders by hand and by brute force.
+"""Regions against OpenCV, SciPy and slow per-image readings of the paper; masks and orders by hand
+and by brute force.
 
 Last the mode: crops against torchvision, blocks in range, everything a function of the seed."""
 import itertools
@@ -53,9 +54,24 @@ def structured_maps(H, W):
     r, c = np.indices((H, W))
     single = np.zeros((H, W))
     single[H // 2, W // 3] = 1
-    maps = [np.zeros((H, W)), np.ones((H, W)), np.full((H, W), 0.4), (r + c) % 2, (r + c) % 2 * 0.5 + 0.25, r % 2, c % 3 == 0,
-            (r % 2 == 0) & (c % 2 == 0), single, 1 - single, r * W + c, (r > H // 2) * 0.3 + (c > W // 2) * 0.3]
-    return torch.from_numpy(np.stack(maps).astype(np.float32) / max(1, H * W - 1) ** (np.stack(maps).max((1, 2), keepdims=True) > 1))
+    maps = [
+        np.zeros((H, W)),
+        np.ones((H, W)),
+        np.full((H, W), 0.4),
+        (r + c) % 2,
+        (r + c) % 2 * 0.5 + 0.25,
+        r % 2,
+        c % 3 == 0,
+        (r % 2 == 0) & (c % 2 == 0),
+        single,
+        1 - single,
+        r * W + c,
+        (r > H // 2) * 0.3 + (c > W // 2) * 0.3,
+    ]
+    return torch.from_numpy(
+        np.stack(maps).astype(np.float32)
+        / max(1, H * W - 1) ** (np.stack(maps).max((1, 2), keepdims=True) > 1)
+    )
 
 
 def spiral(n):
@@ -67,7 +83,9 @@ def spiral(n):
         dr, dc = steps[turn % 4]
         while True:
             ahead, beyond = (r + dr, c + dc), (r + 2 * dr, c + 2 * dc)
-            if not (0 <= ahead[0] < n and 0 <= ahead[1] < n) or (0 <= beyond[0] < n and 0 <= beyond[1] < n and mask[beyond]):
+            if not (0 <= ahead[0] < n and 0 <= ahead[1] < n) or (
+                0 <= beyond[0] < n and 0 <= beyond[1] < n and mask[beyond]
+            ):
                 break
             r, c = ahead
             mask[r, c] = True
@@ -78,8 +96,11 @@ def spiral(n):
 def cv2_otsu(values):
     """values: a flat uint8 array -> OpenCV's threshold.
 
-    Where two splits are exactly as good, OpenCV's rounding decides; what must come out of ours is the lower one."""
-    threshold = int(cv2.threshold(values.reshape(1, -1), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0])
+    Where two splits are exactly as good, OpenCV's rounding decides; what must come out of ours is
+    the lower one."""
+    threshold = int(
+        cv2.threshold(values.reshape(1, -1), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0]
+    )
     levels, counts = np.unique(values, return_counts=True)
     n1, S1 = counts.cumsum(), (counts * levels).cumsum()
     n, S = int(n1[-1]), int(S1[-1])
@@ -87,13 +108,19 @@ def cv2_otsu(values):
     near = [i for i in range(len(rough)) if rough[i] > rough.max() * (1 - 1e-9)]
     if len(near) < 2:
         return threshold
-    exact = {int(levels[i]): Fraction((n * int(S1[i]) - S * int(n1[i])) ** 2, int(n1[i]) * (n - int(n1[i]))) for i in near}
+    exact = {
+        int(levels[i]): Fraction(
+            (n * int(S1[i]) - S * int(n1[i])) ** 2, int(n1[i]) * (n - int(n1[i]))
+        )
+        for i in near
+    }
     assert exact[threshold] == max(exact.values())
     return min(level for level in exact if exact[level] == exact[threshold])
 
 
 def slow_regions(saliency, N, rule, min_patches, rounds):
-    """One image, written from Sec. 3.2 (and from SPEC's words for the refill) with OpenCV and SciPy."""
+    """One image, written from Sec. 3.2 (and from SPEC's words for the refill) with OpenCV and
+    SciPy."""
     values, left, found = np.uint8(255 * saliency), np.ones(saliency.shape, bool), []
     for _ in range(1 if rule == "otsu" else rounds):
         if len(found) >= N - 1 or left.sum() < min_patches:
@@ -116,19 +143,24 @@ def test_cls_similarity_is_the_cosine_in_float32():
     similarity = cls_similarity(cls, patches)
     for b, p in itertools.product(range(3), range(5)):
         a, v = cls[b].numpy(), patches[b, p].numpy()
-        assert similarity[b, p].item() == pytest.approx(a @ v / np.linalg.norm(a) / np.linalg.norm(v), abs=1e-6)
+        assert similarity[b, p].item() == pytest.approx(
+            a @ v / np.linalg.norm(a) / np.linalg.norm(v), abs=1e-6
+        )
     assert cls_similarity(cls.bfloat16(), patches.bfloat16()).dtype == torch.float32
 
 
 def test_min_max_by_hand():
-    rows = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -5.0, -5.0], [0.0, 1e-38, 5e-39], [-1.0, 0.0, 3.0]])
+    rows = torch.tensor(
+        [[1.0, 3.0, 2.0], [-5.0, -5.0, -5.0], [0.0, 1e-38, 5e-39], [-1.0, 0.0, 3.0]]
+    )
     expected = [[0, 1, 0.5], [0, 0, 0], [0, 1, 0.5], [0, 0.25, 1]]
     torch.testing.assert_close(min_max(rows), torch.tensor(expected))
 
 
 def test_grad_cam_by_hand():
     tokens = torch.tensor([[[1.0, 2.0], [3.0, -1.0], [0.0, 4.0]]])
-    gradients = torch.tensor([[[3.0, 0.0], [0.0, -3.0], [0.0, 0.0]]])         # channel weights 1 and -1
+    # channel weights 1 and -1
+    gradients = torch.tensor([[[3.0, 0.0], [0.0, -3.0], [0.0, 0.0]]])
     assert grad_cam(tokens, gradients).tolist() == [[0.0, 4.0, 0.0]]
 
 
@@ -161,15 +193,22 @@ def test_otsu_sees_only_the_candidates(kind):
 
 def test_otsu_of_constants_is_zero_as_opencv_has_it():
     level = torch.tensor([0, 1, 128, 255])[:, None].expand(4, 30)
-    assert otsu(level, torch.ones(4, 30, dtype=torch.bool)).tolist() == [0] * 4 == [cv2_otsu(np.full(30, v, np.uint8)) for v in level[:, 0]]
+    assert (
+        otsu(level, torch.ones(4, 30, dtype=torch.bool)).tolist()
+        == [0] * 4
+        == [cv2_otsu(np.full(30, v, np.uint8)) for v in level[:, 0]]
+    )
 
 
 def test_otsu_ties_go_to_the_lowest_level():
-    """n patches each at 0 and 2 v, m at v: splitting below v is as good as above it. Between used levels, all are alike."""
+    """n patches each at 0 and 2 v, m at v: splitting below v is as good as above it. Between used
+    levels, all are alike."""
     for n, m, v in [(3, 5, 100), (1, 1, 7), (10, 2, 127), (7, 90, 40), (300, 500, 127)]:
         level = torch.tensor([[0] * n + [v] * m + [2 * v] * n])
         assert otsu(level, torch.ones_like(level, dtype=torch.bool)).item() == 0
-    assert otsu(torch.tensor([[20] * 5 + [90] * 7]), torch.ones(1, 12, dtype=torch.bool)).item() == 20
+    assert (
+        otsu(torch.tensor([[20] * 5 + [90] * 7]), torch.ones(1, 12, dtype=torch.bool)).item() == 20
+    )
 
 
 # ---- components
@@ -193,9 +232,12 @@ def test_components_equal_scipy_on_every_3x5_mask():
     masks = (np.arange(2 ** 15)[:, None] >> np.arange(15) & 1).astype(bool).reshape(-1, 3, 5)
     within_image = np.zeros((3, 3, 3))
     within_image[1] = 1
-    labels, _ = ndimage.label(masks, within_image)                            # numbered through all images, in order
+    # numbered through all images, in order
+    labels, _ = ndimage.label(masks, within_image)
     before = np.maximum.accumulate(np.append(0, labels.max((1, 2))))[:-1, None, None]
-    np.testing.assert_array_equal(components(torch.from_numpy(masks)).numpy(), np.where(masks, labels - before, 0))
+    np.testing.assert_array_equal(
+        components(torch.from_numpy(masks)).numpy(), np.where(masks, labels - before, 0)
+    )
 
 
 @pytest.mark.parametrize("n", [8, 14, 15, 28])
@@ -204,9 +246,21 @@ def test_components_of_long_winding_shapes(n):
     serpentine = (r % 2 == 0) | (c == np.where(r % 4 == 1, n - 1, 0))
     comb = (c % 2 == 0) | (r == n - 1)
     zigzag = (r % 4 == np.abs((c + 2) % 4 - 2) + 1)
-    shapes = [spiral(n), serpentine, comb, zigzag, r == c, (r + c) % 2 == 0, (r % 2 == 0) & (c % 2 == 0), r < 0, r >= 0]
+    shapes = [
+        spiral(n),
+        serpentine,
+        comb,
+        zigzag,
+        r == c,
+        (r + c) % 2 == 0,
+        (r % 2 == 0) & (c % 2 == 0),
+        r < 0,
+        r >= 0,
+    ]
     shapes = np.stack([flip for s in shapes for flip in (s, s[::-1], s[:, ::-1], s.T, ~s)])
-    assert components(torch.from_numpy(spiral(n))[None]).max() == 1 and spiral(n).sum() > n * n * 0.45
+    assert (
+        components(torch.from_numpy(spiral(n))[None]).max() == 1 and spiral(n).sum() > n * n * 0.45
+    )
     assert_components(np.ascontiguousarray(shapes))
 
 
@@ -247,11 +301,15 @@ def test_three_blobs_by_hand():
 @pytest.mark.parametrize("rule", RULES)
 def test_rank_maps_equal_the_slow_reading(rule, grid, N, min_patches):
     kinds = ("blurred", "noise", "spiky", "levels2", "levels5", "levels16")
-    maps = torch.cat([noise_maps(kind, 25, grid, seed=2) for kind in kinds] + [structured_maps(*grid)])
+    maps = torch.cat(
+        [noise_maps(kind, 25, grid, seed=2) for kind in kinds] + [structured_maps(*grid)]
+    )
     rank = discriminative_regions(maps, N, rule, min_patches)
     assert rank.dtype == torch.int64 and rank.shape == maps.shape
     for b in range(len(maps)):
-        np.testing.assert_array_equal(rank[b], slow_regions(maps[b].numpy(), N, rule, min_patches, regions.ROUNDS))
+        np.testing.assert_array_equal(
+            rank[b], slow_regions(maps[b].numpy(), N, rule, min_patches, regions.ROUNDS)
+        )
 
 
 @pytest.mark.parametrize("grid, min_patches", [((14, 14), 10), ((8, 8), 4)])
@@ -261,7 +319,9 @@ def test_rank_maps_equal_the_slow_reading_on_many_blurred_maps(grid, min_patches
     for rule in RULES:
         rank = discriminative_regions(maps, 5, rule, min_patches)
         for b in range(len(maps)):
-            np.testing.assert_array_equal(rank[b], slow_regions(maps[b].numpy(), 5, rule, min_patches, 1000))
+            np.testing.assert_array_equal(
+                rank[b], slow_regions(maps[b].numpy(), 5, rule, min_patches, 1000)
+            )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -275,7 +335,9 @@ def test_what_every_rank_map_satisfies(rule):
         scores = [maps[b][rank[b] == k].double().mean().item() for k in present]
         assert scores == sorted(scores, reverse=True)
         for k in present:
-            assert (rank[b] == k).sum() >= 10 and ndimage.label((rank[b] == k).numpy(), EIGHT)[1] == 1
+            assert (rank[b] == k).sum() >= 10 and ndimage.label((rank[b] == k).numpy(), EIGHT)[
+                1
+            ] == 1
 
 
 def test_refill_keeps_what_the_literal_rule_finds_and_adds():
@@ -302,16 +364,23 @@ def test_nan_neither_crashes_nor_counts(rule):
     saliency[0] = float("nan")
     saliency[1, :3] = float("nan")
     rank = discriminative_regions(saliency, 5, rule)
-    assert (rank[0] == 5).all() and torch.equal(rank, discriminative_regions(saliency.nan_to_num(0), 5, rule))
+    assert (rank[0] == 5).all() and torch.equal(
+        rank, discriminative_regions(saliency.nan_to_num(0), 5, rule)
+    )
 
 
 def test_an_image_alone_gives_what_it_gives_in_a_batch():
     maps = noise_maps("blurred", 20, (14, 14), seed=6)
     level, group = (255 * maps).long().flatten(1), (4 * maps).long()
-    everything = lambda m, l, g: [discriminative_regions(m, 5, rule) for rule in RULES] + [otsu(l, l > 9), components(g), min_max(m.flatten(1))]
+    everything = lambda m, label, g: (
+        [discriminative_regions(m, 5, rule) for rule in RULES]
+        + [otsu(label, label > 9), components(g), min_max(m.flatten(1))]
+    )
     together = everything(maps, level, group)
     for b in range(20):
-        for alone, batch in zip(everything(maps[b:b + 1], level[b:b + 1], group[b:b + 1]), together):
+        for alone, batch in zip(
+            everything(maps[b : b + 1], level[b : b + 1], group[b : b + 1]), together
+        ):
             assert torch.equal(alone[0], batch[b])
 
 
@@ -324,7 +393,10 @@ def test_unknown_rule_raises():
 
 def slow_size(u, scale, aspect, H, W):
     """I-JEPA's sampler for one uniform number, in Python floats."""
-    keep, ratio = int(H * W * (scale[0] + u * (scale[1] - scale[0]))), aspect[0] + u * (aspect[1] - aspect[0])
+    keep, ratio = (
+        int(H * W * (scale[0] + u * (scale[1] - scale[0]))),
+        aspect[0] + u * (aspect[1] - aspect[0]),
+    )
     h, w = round(math.sqrt(keep * ratio)), round(math.sqrt(keep / ratio))
     while h >= H:
         h -= 1
@@ -347,7 +419,12 @@ def box(mask):
 @pytest.mark.parametrize("grid", [(14, 14), (16, 16), (9, 15), (28, 28)])
 def test_random_regions_are_blocks_less_earlier_blocks(grid):
     sizes, rank = target_sizes(*grid), random_regions(100, grid, 5)
-    assert rank.shape == (100, *grid) and rank.dtype == torch.int64 and rank.min() == 1 and rank.max() == 5
+    assert (
+        rank.shape == (100, *grid)
+        and rank.dtype == torch.int64
+        and rank.min() == 1
+        and rank.max() == 5
+    )
     whole = np.zeros((100, 4), bool)
     for b in range(100):
         present = [k for k in range(1, 5) if (rank[b] == k).any()]
@@ -357,13 +434,18 @@ def test_random_regions_are_blocks_less_earlier_blocks(grid):
             (h, w), full = box(region)
             whole[b, k - 1] = full and (h, w) in sizes
             assert region.sum() >= 10 and any(h <= a and w <= c for a, c in sizes)
-    assert whole.any(1).all() and whole.sum(1).mean() > 2.5                    # the block placed first is never cut
-    assert (whole.mean(0) < 0.97).all()                                        # and is not always R_1: the order is random
+    # the block placed first is never cut
+    assert whole.any(1).all() and whole.sum(1).mean() > 2.5
+    # and is not always R_1: the order is random
+    assert (whole.mean(0) < 0.97).all()
 
 
-@pytest.mark.parametrize("grid, N, min_patches", [((14, 14), 5, 10), ((8, 8), 5, 8), ((15, 9), 5, 10), ((28, 28), 7, 10)])
+@pytest.mark.parametrize(
+    "grid, N, min_patches", [((14, 14), 5, 10), ((8, 8), 5, 8), ((15, 9), 5, 10), ((28, 28), 7, 10)]
+)
 def test_random_regions_take_the_first_free_place_or_the_freest(grid, N, min_patches, monkeypatch):
-    """The same places, gone through one by one; the order is random, so regions are compared as a set."""
+    """The same places, gone through one by one; the order is random, so regions are compared as a
+    set."""
     drawn, place = [], regions._place
     monkeypatch.setattr(regions, "_place", lambda *args: drawn.append(place(*args)) or drawn[-1])
     rank = random_regions(40, grid, N, min_patches).numpy()
@@ -391,31 +473,44 @@ def test_random_blocks_lie_anywhere_with_equal_chance():
 
 
 def test_random_regions_on_grids_too_small_for_them():
-    assert (random_regions(4, (4, 4), 5) == 5).all()                           # blocks of 2 to 4 patches, 10 needed
+    # blocks of 2 to 4 patches, 10 needed
+    assert (random_regions(4, (4, 4), 5) == 5).all()
     assert random_regions(3, (1, 1), 5, min_patches=1).shape == (3, 1, 1)
 
 
 def test_same_generator_seed_same_blocks():
-    draw = lambda seed: [random_regions(8, (14, 14), 5, generator=torch.Generator().manual_seed(seed)),
-                         *multi_block(8, (14, 14), generator=torch.Generator().manual_seed(seed)),
-                         reorder(torch.arange(1, 6).view(1, 1, 5).repeat(50, 1, 1), 5, "random", torch.Generator().manual_seed(seed))]
+    draw = lambda seed: [
+        random_regions(8, (14, 14), 5, generator=torch.Generator().manual_seed(seed)),
+        *multi_block(8, (14, 14), generator=torch.Generator().manual_seed(seed)),
+        reorder(
+            torch.arange(1, 6).view(1, 1, 5).repeat(50, 1, 1),
+            5,
+            "random",
+            torch.Generator().manual_seed(seed),
+        ),
+    ]
     torch.manual_seed(5)
     first, state = draw(1), torch.get_rng_state()
     torch.manual_seed(6)
     assert all(map(torch.equal, first, draw(1))) and not any(map(torch.equal, first, draw(2)))
     torch.manual_seed(5)
-    assert torch.equal(torch.get_rng_state(), state)                           # the global generator was not drawn from
+    # the global generator was not drawn from
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---- I-JEPA's masks
 
-@pytest.mark.parametrize("grid, B", [((14, 14), 16), ((8, 8), 16), ((9, 15), 16), ((14, 14), 1), ((8, 8), 1)])
+@pytest.mark.parametrize(
+    "grid, B", [((14, 14), 16), ((8, 8), 16), ((9, 15), 16), ((14, 14), 1), ((8, 8), 1)]
+)
 def test_multi_block_masks_are_those_of_a_slow_sampler(grid, B):
     """Sizes by the slow sampler; contexts by trying every place: block less targets."""
     H, W = grid
     for seed in range(25):
         u = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
-        context, targets = (m.numpy() for m in multi_block(B, grid, generator=torch.Generator().manual_seed(seed)))
+        context, targets = (
+            m.numpy() for m in multi_block(B, grid, generator=torch.Generator().manual_seed(seed))
+        )
         assert context.shape == (B, H, W) and targets.shape == (B, 4, H, W)
         assert not (context & targets.any(1)).any()
         size = slow_size(u[0], (0.15, 0.2), (0.75, 1.5), H, W)
@@ -426,7 +521,9 @@ def test_multi_block_masks_are_those_of_a_slow_sampler(grid, B):
             blocks = [np.zeros(grid, bool) for _ in range((H - h + 1) * (W - w + 1))]
             for block, (top, left) in zip(blocks, places):
                 block[top:top + h, left:left + w] = True
-            assert context[b].sum() >= 10 and any(np.array_equal(block & ~targets[b].any(0), context[b]) for block in blocks)
+            assert context[b].sum() >= 10 and any(
+                np.array_equal(block & ~targets[b].any(0), context[b]) for block in blocks
+            )
 
 
 def test_target_blocks_lie_anywhere_with_equal_chance():
@@ -438,7 +535,14 @@ def test_target_blocks_lie_anywhere_with_equal_chance():
 
 
 def fewest_context(grid, min_patches):
-    return min(multi_block(64, grid, generator=torch.Generator().manual_seed(seed), min_patches=min_patches)[0].sum((1, 2)).min() for seed in range(20))
+    return min(
+        multi_block(
+            64, grid, generator=torch.Generator().manual_seed(seed), min_patches=min_patches
+        )[0]
+        .sum((1, 2))
+        .min()
+        for seed in range(20)
+    )
 
 
 def test_contexts_have_min_patches_where_chance_alone_would_not():
@@ -450,11 +554,15 @@ def test_context_is_never_empty_while_a_patch_is_free(grid):
     for seed in range(100):
         context, targets = multi_block(16, grid, generator=torch.Generator().manual_seed(seed))
         free = ~targets.any(1)
-        assert torch.equal(context.flatten(1).any(1), free.flatten(1).any(1)) and not (context & ~free).any()
+        assert (
+            torch.equal(context.flatten(1).any(1), free.flatten(1).any(1))
+            and not (context & ~free).any()
+        )
 
 
 def test_context_falls_back_to_any_free_patch(monkeypatch):
-    """One draw only, on 2x2 patches: the context block is a single patch, often a target; others may be free."""
+    """One draw only, on 2x2 patches: the context block is a single patch, often a target; others
+    may be free."""
     monkeypatch.setattr(regions, "TRIES", 1)
     context, targets = multi_block(500, (2, 2), min_patches=1)
     free = (~targets.any(1)).flatten(1).sum(1)
@@ -468,7 +576,8 @@ def test_context_falls_back_to_any_free_patch(monkeypatch):
 RANK = torch.tensor([[[4, 4, 5, 1, 1],
                       [5, 5, 5, 1, 1],
                       [2, 2, 5, 5, 5],
-                      [2, 2, 5, 3, 5]]])                  # centres (row, column): R1 (.5, 3.5), R2 (2.5, .5), R3 (3, 3), R4 (0, .5)
+                      # centres (row, column): R1 (.5, 3.5), R2 (2.5, .5), R3 (3, 3), R4 (0, .5)
+                      [2, 2, 5, 3, 5]]])
 
 
 def renamed(rank, names):
@@ -487,11 +596,13 @@ def test_truncated_keeps_the_first_three_that_exist():
 
 
 def test_spatial_order_by_hand():
-    """Patches of the centres, halves up: R1 (1, 4), R2 (3, 1), R3 (3, 3), R4 (0, 1). So R4, R1, R2, R3."""
+    """Patches of the centres, halves up: R1 (1, 4), R2 (3, 1), R3 (3, 3), R4 (0, 1). So R4, R1, R2,
+    R3."""
     assert torch.equal(reorder(RANK, 5, "spatial"), renamed(RANK, [2, 3, 4, 1, 5]))
     without_first = renamed(RANK, [5, 2, 3, 4, 5])        # R4, R2, R3 take ranks 1, 2, 3
     assert torch.equal(reorder(without_first, 5, "spatial"), renamed(RANK, [5, 2, 3, 1, 5]))
-    halves_go_up = torch.tensor([[[3, 3, 1], [2, 3, 1]]])  # R1 (.5, 2) counts as row 1, as R2 (1, 0) does
+    # R1 (.5, 2) counts as row 1, as R2 (1, 0) does
+    halves_go_up = torch.tensor([[[3, 3, 1], [2, 3, 1]]])
     assert reorder(halves_go_up, 3, "spatial").tolist() == [[[3, 3, 2], [1, 3, 2]]]
     same_row = torch.tensor([[[3, 2, 4, 1]]])
     assert reorder(same_row, 4, "spatial").tolist() == [[[1, 2, 4, 3]]]
@@ -516,8 +627,12 @@ def test_random_order_permutes_the_present_regions_evenly():
 
 def run_everything(device):
     """Each function once, on random input: what it returns."""
-    saliency = min_max(cls_similarity(torch.randn(6, 32, device=device), torch.randn(6, 70, 32, device=device))).view(6, 7, 10)
-    ranks = [discriminative_regions(saliency, 5, rule, 3) for rule in RULES] + [random_regions(6, (7, 10), 5, 3, device)]
+    saliency = min_max(
+        cls_similarity(torch.randn(6, 32, device=device), torch.randn(6, 70, 32, device=device))
+    ).view(6, 7, 10)
+    ranks = [discriminative_regions(saliency, 5, rule, 3) for rule in RULES] + [
+        random_regions(6, (7, 10), 5, 3, device)
+    ]
     orders = [reorder(rank, 5, order) for rank in ranks for order in regions.ORDERS]
     tokens = torch.randn(6, 70, 8, device=device)
     level = (255 * saliency).long().flatten(1)
@@ -551,7 +666,15 @@ def test_caller_s_tensors_are_not_modified():
 @pytest.fixture
 def views(make_config, make_split):
     def make(n=12, size=48, **changes):
-        config = make_config("folder", "regions", image_size=size, patch_size=8, encoder="vit-nano", min_patches=2, **changes)
+        config = make_config(
+            "folder",
+            "regions",
+            image_size=size,
+            patch_size=8,
+            encoder="vit-nano",
+            min_patches=2,
+            **changes,
+        )
         return Crops(make_split(n, size), config, torch.device("cpu"))
     return make
 
@@ -559,13 +682,20 @@ def views(make_config, make_split):
 def test_batch_is_one_normalised_crop_as_torchvision_makes_it(views, monkeypatch):
     sampler, drawn = views(), []
     original = augmentations.sample
-    monkeypatch.setattr("regions.sample", lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1])
+    monkeypatch.setattr(
+        "regions.sample",
+        lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1],
+    )
     batch = sampler(torch.tensor([3, 0, 7]))
     assert batch.views.shape == (3, 1, 3, 48, 48) and batch.labels.tolist() == [1, 0, 1]
     for view, i, crop in zip(batch.views[:, 0], [3, 0, 7], drawn[0].crop.long().tolist()):
         image = sampler.images[torch.tensor([i])][0].float() / 255
-        expected = TF.resized_crop(image, *crop, size=[48, 48], interpolation=TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        torch.testing.assert_close(view, TF.normalize(expected, sampler.mean, sampler.std), atol=1e-4, rtol=1e-4)
+        expected = TF.resized_crop(
+            image, *crop, size=[48, 48], interpolation=TF.InterpolationMode.BICUBIC, antialias=True
+        ).clamp(0, 1)
+        torch.testing.assert_close(
+            view, TF.normalize(expected, sampler.mean, sampler.std), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_crops_cover_at_least_the_share_asked_for(views):
@@ -602,4 +732,9 @@ def test_a_batch_is_a_function_of_the_seed(views):
 def test_clean_is_the_image_itself(views):
     sampler = views()
     image = sampler.images[torch.tensor([4])].float() / 255
-    torch.testing.assert_close(sampler.clean(torch.tensor([4])), TF.normalize(image, sampler.mean, sampler.std), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        sampler.clean(torch.tensor([4])),
+        TF.normalize(image, sampler.mean, sampler.std),
+        atol=1e-5,
+        rtol=1e-5,
+    )

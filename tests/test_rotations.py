@@ -40,14 +40,26 @@ def test_the_convention_is_extrinsic_xyz_and_no_other():
     """The check above can tell conventions apart."""
     angles = random_angles(500)
     for other in ("XYZ", "zyx", "ZYX"):
-        assert np.abs(quaternion(angles).numpy() - Rotation.from_euler(other, angles.numpy()).as_quat()).max() > 0.1
+        assert (
+            np.abs(
+                quaternion(angles).numpy() - Rotation.from_euler(other, angles.numpy()).as_quat()
+            ).max()
+            > 0.1
+        )
 
 
 def test_multiply_and_inverse_agree_with_scipy_and_batch_over_any_shape():
-    p, q = (torch.nn.functional.normalize(torch.randn(4, 30, 4, dtype=torch.float64), dim=-1) for _ in range(2))
+    p, q = (
+        torch.nn.functional.normalize(torch.randn(4, 30, 4, dtype=torch.float64), dim=-1)
+        for _ in range(2)
+    )
     P, Q = (Rotation.from_quat(x.flatten(0, 1).numpy()) for x in (p, q))
     assert_close(multiply(p, q).flatten(0, 1), (P * Q).as_quat())
-    np.testing.assert_allclose(Rotation.from_quat(inverse(p).flatten(0, 1).numpy()).as_matrix(), P.inv().as_matrix(), atol=1e-12)
+    np.testing.assert_allclose(
+        Rotation.from_quat(inverse(p).flatten(0, 1).numpy()).as_matrix(),
+        P.inv().as_matrix(),
+        atol=1e-12,
+    )
     assert_close(multiply(inverse(p), p), np.broadcast_to([0, 0, 0, 1], p.shape))
     assert_close(multiply(p[:, :1], q), multiply(p[:, :1].expand_as(q), q).numpy())
 
@@ -61,7 +73,8 @@ def test_relative_rotation_agrees_with_scipy_and_keeps_its_sign():
 
 
 def test_relative_rotation_is_continuous_in_the_angles():
-    """Nowhere in the range does a small step of one view's pose make the action jump, as a sign flip would."""
+    """Nowhere in the range does a small step of one view's pose make the action jump, as a sign
+    flip would."""
     a, b = random_angles(5000), random_angles(5000)[torch.randperm(5000)]
     step = 1e-3 * torch.randn(5000, 3, dtype=torch.float64)
     jump = relative(quaternion(a), quaternion(b + step)) - relative(quaternion(a), quaternion(b))
@@ -72,7 +85,9 @@ def test_relative_rotation_is_continuous_in_the_angles():
 
 def make_latents(n, views, seed=0):
     u = np.random.default_rng(seed).random((n, views, 7))
-    low, high = np.array([[-np.pi / 2] * 3 + [0] * 4, [np.pi / 2] * 3 + [1, np.pi / 4, 2 * np.pi, 1]])
+    low, high = np.array(
+        [[-np.pi / 2] * 3 + [0] * 4, [np.pi / 2] * 3 + [1, np.pi / 4, 2 * np.pi, 1]]
+    )
     return (low + u * (high - low)).astype(np.float32)
 
 
@@ -88,7 +103,9 @@ def rotations(split):
 
 def which_views(rotations, split, batch, index):
     """Stored number (B, K) of each view of a batch, found by its pixels."""
-    stored = normalise(torch.from_numpy(split.parts[0].images)[index], rotations.mean, rotations.std, channel_dim=2)
+    stored = normalise(
+        torch.from_numpy(split.parts[0].images)[index], rotations.mean, rotations.std, channel_dim=2
+    )
     same = (batch.views[:, :, None] == stored[:, None]).flatten(3).all(3)               # (B, K, V)
     assert (same.sum(2) == 1).all()
     return same.int().argmax(2)
@@ -99,12 +116,17 @@ def test_batch_holds_what_the_latents_say(rotations, split):
     batch = rotations(index, M)
     assert [tuple(t.shape) for t in batch[:4]] == [(4, 4, 3, 8, 8), (4, 3, 6), (4, 4, 9), (4,)]
     assert batch.labels.tolist() == [1, 0, 0, 1]
-    latents = split.latents[index[:, None], which_views(rotations, split, batch, index)]   # (B, M+1, 7)
+    # (B, M+1, 7)
+    latents = split.latents[index[:, None], which_views(rotations, split, batch, index)]
     for b in range(4):
         turns = Rotation.from_euler("xyz", latents[b, :, :3])
-        np.testing.assert_allclose(batch.actions[b, :, :4], (turns[:-1].inv() * turns[1:]).as_quat(), atol=1e-6)
+        np.testing.assert_allclose(
+            batch.actions[b, :, :4], (turns[:-1].inv() * turns[1:]).as_quat(), atol=1e-6
+        )
         np.testing.assert_allclose(batch.params[b, :, :4], turns.as_quat(), atol=1e-6)
-    np.testing.assert_allclose(batch.actions[..., 4:], np.diff(latents[..., [3, 6]], axis=1), atol=1e-6)
+    np.testing.assert_allclose(
+        batch.actions[..., 4:], np.diff(latents[..., [3, 6]], axis=1), atol=1e-6
+    )
     np.testing.assert_array_equal(batch.params[..., 4:6], latents[..., [3, 6]])
     np.testing.assert_array_equal(batch.params[..., 6:], latents[..., :3])
 
@@ -114,7 +136,8 @@ def test_views_of_a_sequence_are_distinct_and_all_orders_equally_likely(rotation
     chosen = which_views(rotations, split, rotations(index, 2), index)
     assert (chosen.sort(dim=1).values.diff(dim=1) > 0).all()
     counts = torch.bincount(chosen @ torch.tensor([36, 6, 1]), minlength=216)
-    assert (counts > 0).sum() == 6 * 5 * 4                     # every ordered triple, about 50 times each
+    # every ordered triple, about 50 times each
+    assert (counts > 0).sum() == 6 * 5 * 4
     assert counts.max() < 95 and counts[counts > 0].min() > 20
     all_six = which_views(rotations, split, rotations(index[:10], 5), index[:10])
     assert (all_six.sort(dim=1).values == torch.arange(6)).all()
@@ -128,11 +151,14 @@ def test_composed_actions_lead_from_the_first_view_to_the_last(rotations):
     first, last = (Rotation.from_euler("xyz", batch.params[:, i, 6:].numpy()) for i in (0, -1))
     np.testing.assert_allclose(total, (first.inv() * last).as_quat(), atol=1e-6)
     whole = torch.cat([total, batch.actions[:, :, 4:].sum(1)], dim=1)
-    np.testing.assert_allclose(rotations.relative(batch.params[:, 0], batch.params[:, -1]), whole, atol=1e-6)
+    np.testing.assert_allclose(
+        rotations.relative(batch.params[:, 0], batch.params[:, -1]), whole, atol=1e-6
+    )
 
 
 def test_action_depends_on_its_own_two_views_alone(split):
-    """Disturb the latents of the third view of a sequence: actions 1 and 2 change, 0 and 3 do not, nor does any pixel."""
+    """Disturb the latents of the third view of a sequence: actions 1 and 2 change, 0 and 3 do not,
+    nor does any pixel."""
     index = torch.tensor([4])
     torch.manual_seed(5)
     before = Rotations(split, CONFIG, CPU)(index, 4)
@@ -142,7 +168,9 @@ def test_action_depends_on_its_own_two_views_alone(split):
     torch.manual_seed(5)
     after = Rotations(split._replace(latents=disturbed), CONFIG, CPU)(index, 4)
     assert (before.actions != after.actions).all(2).tolist() == [[False, True, True, False]]
-    assert torch.equal(before.actions[:, [0, 3]], after.actions[:, [0, 3]]) and torch.equal(before.views, after.views)
+    assert torch.equal(before.actions[:, [0, 3]], after.actions[:, [0, 3]]) and torch.equal(
+        before.views, after.views
+    )
 
 
 def test_same_seed_same_views_other_seed_others(rotations):
@@ -156,14 +184,17 @@ def test_same_seed_same_views_other_seed_others(rotations):
 def test_all_views_come_in_stored_order(rotations, split):
     index = torch.tensor([3, 0])
     views, params = rotations.all_views(index)
-    stored = normalise(torch.from_numpy(split.parts[0].images)[index], rotations.mean, rotations.std, channel_dim=2)
+    images = torch.from_numpy(split.parts[0].images)[index]
+    stored = normalise(images, rotations.mean, rotations.std, channel_dim=2)
     assert torch.equal(views, stored)
     np.testing.assert_array_equal(params[..., 6:], split.latents[[3, 0], :, :3])
     assert rotations.clean(index) is None and len(rotations) == 10
 
 
 def test_more_views_than_an_object_has_are_refused_by_flag(rotations):
-    with pytest.raises(BadInput, match="--views 6: a sequence needs 7 distinct views and an object has 6"):
+    with pytest.raises(
+        BadInput, match="--views 6: a sequence needs 7 distinct views and an object has 6"
+    ):
         rotations(torch.arange(2), 6)
 
 
@@ -173,7 +204,9 @@ def test_one_view_images_are_no_objects(make_split):
 
 
 def test_solids_end_to_end(make_config):
-    config = make_config("solids", "rotation", limit=16, image_size=16, object_views=4, rotation_range=0.5)
+    config = make_config(
+        "solids", "rotation", limit=16, image_size=16, object_views=4, rotation_range=0.5
+    )
     views = build_views(config, "pretrain", CPU)
     assert (len(views), views.view_count, len(views.classes)) == (16, 4, 16)
     batch = views(torch.arange(16), config.views)
@@ -183,11 +216,22 @@ def test_solids_end_to_end(make_config):
     assert (batch.views[:, 0] != batch.views[:, 1]).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(condition="crop"), "--condition crop: mode rotation offers rotation, color, rotation.color, none"),
-    (dict(views=4, object_views=4), "--views 4: a sequence needs 5 distinct renders and an object has 4"),
-])
-def test_impossible_settings_are_refused_before_anything_is_loaded(make_config, tmp_path, changes, message):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(condition="crop"),
+            "--condition crop: mode rotation offers rotation, color, rotation.color, none",
+        ),
+        (
+            dict(views=4, object_views=4),
+            "--views 4: a sequence needs 5 distinct renders and an object has 4",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_loaded(
+    make_config, tmp_path, changes, message
+):
     with pytest.raises(BadInput, match=message):
         make_config("solids", "rotation", **changes)
     assert not list(tmp_path.iterdir())

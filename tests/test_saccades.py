@@ -11,7 +11,10 @@ DRAWS = 60_000
 
 def fixation_counts(saliency, count, patch, ior, size):
     fixations = sample_fixations(saliency.expand(DRAWS, *saliency.shape), count, patch, ior)
-    return fixations, [torch.bincount(f[:, 0] * size + f[:, 1], minlength=size * size).numpy() for f in fixations.unbind(1)]
+    return fixations, [
+        torch.bincount(f[:, 0] * size + f[:, 1], minlength=size * size).numpy()
+        for f in fixations.unbind(1)
+    ]
 
 
 def peaked_map(size):
@@ -66,11 +69,13 @@ def test_ior_never_returns_into_an_earlier_square(kind, patch):
 
 
 def test_without_ior_it_does_return():
-    """Saliency off must not switch IoR off, nor the other way round, as it does in the authors' code."""
+    """Saliency off must not switch IoR off, nor the other way round, as it does in the authors'
+    code."""
     fixations = sample_fixations(torch.ones(2000, 24, 24), 2, 8, ior=False)
     offset = fixations[:, 1] - fixations[:, 0] + 4
     share = ((offset >= 0) & (offset < 8)).all(1).float().mean()
-    assert 0.07 < share < 0.13                             # about (8/24)^2, a little less near the border
+    # about (8/24)^2, a little less near the border
+    assert 0.07 < share < 0.13
 
 
 def test_no_mass_left_falls_back_to_what_is_not_inhibited():
@@ -134,7 +139,12 @@ def test_patches_equal_slices_of_the_normalised_zero_padded_image(patch, size):
         padded = torch.nn.functional.pad(image, (patch, patch, patch, patch))
         for k, (r, c) in enumerate(fixations[b].tolist()):
             top, left = r - patch // 2 + patch, c - patch // 2 + patch
-            torch.testing.assert_close(patches[b, k], padded[:, top:top + patch, left:left + patch], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                patches[b, k],
+                padded[:, top : top + patch, left : left + patch],
+                atol=1e-5,
+                rtol=1e-5,
+            )
 
 
 def saccades(make_config, make_split, **changes):
@@ -182,7 +192,9 @@ def test_switches_are_independent(make_config, make_split):
 
 def test_clean_is_the_whole_normalised_image(make_config, make_split):
     views, split = saccades(make_config, make_split), make_split()
-    expected = (split.parts[0].images[2] / 255 - np.reshape(split.mean, (3, 1, 1))) / np.reshape(split.std, (3, 1, 1))
+    expected = (split.parts[0].images[2] / 255 - np.reshape(split.mean, (3, 1, 1))) / np.reshape(
+        split.std, (3, 1, 1)
+    )
     np.testing.assert_allclose(views.clean(torch.tensor([2]))[0], expected, atol=1e-5)
 
 

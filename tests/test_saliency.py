@@ -1,4 +1,5 @@
-"""saliency.py against SciPy, PIL and hand-made maps; DeepGaze through a stand-in with the published call format."""
+"""saliency.py against SciPy, PIL and hand-made maps; DeepGaze through a stand-in with the published
+call format."""
 import math
 import sys
 import tracemalloc
@@ -29,7 +30,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
 def test_dct_matrix_is_scipys_orthonormal_dct(n):
     x, C = np.random.default_rng(0).normal(size=(3, n, n)), S.dct_matrix(n).double()
-    np.testing.assert_allclose(C @ torch.from_numpy(x) @ C.T, dctn(x, axes=(1, 2), norm="ortho"), atol=1e-6)
+    np.testing.assert_allclose(
+        C @ torch.from_numpy(x) @ C.T, dctn(x, axes=(1, 2), norm="ortho"), atol=1e-6
+    )
     np.testing.assert_allclose(C.T @ C, np.eye(n), atol=1e-6)
 
 
@@ -44,8 +47,12 @@ def test_gaussian_matrix_blurs_as_scipy_does(n, sigma):
     # Beyond the border there is nothing, and what is there is weighted to one.
     np.testing.assert_allclose(G @ torch.from_numpy(x), blur(x) / blur(np.ones_like(x)), atol=1e-5)
     r = math.ceil(4 * sigma)
-    if 2 * r < n:                                       # in the interior: the plain filter
-        np.testing.assert_allclose((G @ torch.from_numpy(x))[r:-r], gaussian_filter1d(x, sigma, axis=0, truncate=8)[r:-r], atol=1e-3)
+    if 2 * r < n:  # in the interior: the plain filter
+        np.testing.assert_allclose(
+            (G @ torch.from_numpy(x))[r:-r],
+            gaussian_filter1d(x, sigma, axis=0, truncate=8)[r:-r],
+            atol=1e-3,
+        )
 
 
 # ---------------------------------------------------------------- the image signature
@@ -56,17 +63,35 @@ def centre_prior(n):
 
 
 def slow_signature(image):
-    """Hou, Harel & Koch's formula for one image (3, n, n) uint8, in float64: opponent channels of a 64-pixel
-    thumbnail, sign of the DCT, squared, summed, blurred, brought back to size, weighted by the centre prior."""
+    """Hou, Harel & Koch's formula for one image (3, n, n) uint8, in float64: opponent channels of a
+    64-pixel
+    thumbnail, sign of the DCT, squared, summed, blurred, brought back to size, weighted by the
+    centre prior."""
     size, thumbnail = image.shape[-1], 64
-    r, g, b = (np.asarray(Image.fromarray(c.astype(np.float32) / 255).resize((thumbnail, thumbnail), Image.BILINEAR), float) for c in image)
+    r, g, b = (
+        np.asarray(
+            Image.fromarray(c.astype(np.float32) / 255).resize(
+                (thumbnail, thumbnail), Image.BILINEAR
+            ),
+            float,
+        )
+        for c in image
+    )
     energy = 0
     for channel in ((r + g + b) / 3, r - g, b - (r + g) / 2):
         spectrum = dctn(channel, norm="ortho")
-        energy = energy + idctn(np.where(np.abs(spectrum) > 1e-3, np.sign(spectrum), 0), norm="ortho") ** 2
-    blurred, ones = (gaussian_filter(x, 0.05 * thumbnail, mode="constant", radius=thumbnail) for x in (energy, np.ones_like(energy)))
+        energy = (
+            energy
+            + idctn(np.where(np.abs(spectrum) > 1e-3, np.sign(spectrum), 0), norm="ortho") ** 2
+        )
+    blurred, ones = (
+        gaussian_filter(x, 0.05 * thumbnail, mode="constant", radius=thumbnail)
+        for x in (energy, np.ones_like(energy))
+    )
     position = (np.arange(size) + 0.5) / size * thumbnail - 0.5
-    resized = map_coordinates(blurred / ones, np.meshgrid(position, position, indexing="ij"), order=1, mode="nearest")
+    resized = map_coordinates(
+        blurred / ones, np.meshgrid(position, position, indexing="ij"), order=1, mode="nearest"
+    )
     result = (resized + 1e-6) * centre_prior(size)
     return result / result.sum()
 
@@ -75,13 +100,18 @@ def scenes(n, size, seed=0, noise=60):
     """Random blobs of colour on a gradient, with noise: (n, 3, size, size) uint8."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 3, size, size))
-    smooth = np.stack([gaussian_filter(channel, size / 12) for channel in x.reshape(-1, size, size)]).reshape(x.shape)
+    smooth = np.stack(
+        [gaussian_filter(channel, size / 12) for channel in x.reshape(-1, size, size)]
+    ).reshape(x.shape)
     images = 128 + 50 * smooth / smooth.std() + noise * x + np.linspace(-30, 30, size)
     return torch.from_numpy(images.clip(0, 255).astype(np.uint8))
 
 
-# An enlarged thumbnail has many coefficients near zero; each whose sign rounds the other way moves the map by half a per cent.
-@pytest.mark.parametrize("size, tolerance", [(96, 1e-4), (64, 1e-4), (97, 1e-4), (128, 1e-4), (33, 0.02), (32, 0.02)])
+# An enlarged thumbnail has many coefficients near zero; each whose sign rounds the other way moves
+# the map by half a per cent.
+@pytest.mark.parametrize(
+    "size, tolerance", [(96, 1e-4), (64, 1e-4), (97, 1e-4), (128, 1e-4), (33, 0.02), (32, 0.02)]
+)
 def test_signature_is_the_published_formula(size, tolerance):
     images = scenes(3, size)
     ours = S.image_signature(images)
@@ -94,12 +124,16 @@ def ground_with_patch(row, column, side=8, size=96, dark=False):
     """A smooth ground with a small odd patch whose centre is given."""
     y, x = np.mgrid[:size, :size] / size
     image = np.stack([90 + 60 * x, 110 + 40 * y, 120 + 20 * x * y])
-    image[:, row - side // 2:row + side // 2, column - side // 2:column + side // 2] = [[[20]], [[30]], [[20]]] if dark else [[[230]], [[60]], [[40]]]
+    image[:, row - side // 2 : row + side // 2, column - side // 2 : column + side // 2] = (
+        [[[20]], [[30]], [[20]]] if dark else [[[230]], [[60]], [[40]]]
+    )
     return torch.from_numpy(image.astype(np.uint8))
 
 
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("row, column", [(48, 48), (20, 70), (70, 20), (30, 25), (80, 60), (14, 40)])
+@pytest.mark.parametrize(
+    "row, column", [(48, 48), (20, 70), (70, 20), (30, 25), (80, 60), (14, 40)]
+)
 def test_signature_finds_what_is_odd(row, column, dark):
     saliency = S.image_signature(ground_with_patch(row, column, dark=dark)[None])[0]
     r, c = divmod(int(saliency.argmax()), 96)
@@ -117,9 +151,13 @@ def test_one_colour_leaves_the_centre_prior(colour):
 @pytest.mark.parametrize("size", [8, 33, 96])
 def test_maps_are_densities_whatever_the_picture(kind, size):
     rng = np.random.default_rng(0)
-    image = {"noise": rng.integers(0, 256, (3, size, size)), "black and white": 255 * rng.integers(0, 2, (3, size, size)),
-             "stripes": np.broadcast_to(255 * (np.arange(size) % 2), (3, size, size)), "one dot": np.zeros((3, size, size)),
-             "scene": scenes(1, size)[0].numpy()}[kind].astype(np.uint8)
+    image = {
+        "noise": rng.integers(0, 256, (3, size, size)),
+        "black and white": 255 * rng.integers(0, 2, (3, size, size)),
+        "stripes": np.broadcast_to(255 * (np.arange(size) % 2), (3, size, size)),
+        "one dot": np.zeros((3, size, size)),
+        "scene": scenes(1, size)[0].numpy(),
+    }[kind].astype(np.uint8)
     if kind == "one dot":
         image[:, size // 3, size // 2] = 255
     saliency = S.image_signature(torch.from_numpy(image)[None])
@@ -144,7 +182,9 @@ def config(make_config):
 def computed(monkeypatch):
     """Number of images in each call of the signature so far."""
     calls, real = [], S.image_signature
-    monkeypatch.setattr(S, "image_signature", lambda images: calls.append(len(images)) or real(images))
+    monkeypatch.setattr(
+        S, "image_signature", lambda images: calls.append(len(images)) or real(images)
+    )
     return calls
 
 
@@ -152,7 +192,9 @@ def test_maps_line_up_with_the_images_and_peak_at_one(config, make_split):
     split = make_split(n=130)                           # two full batches and a short one
     (maps,) = S.saliency_maps("signature", split, config, CPU)
     expected = S.image_signature(torch.from_numpy(split.parts[0].images))
-    assert maps.shape == (130, 24, 24) and maps.dtype == np.float16 and (maps.max((1, 2)) == 1).all()
+    assert (
+        maps.shape == (130, 24, 24) and maps.dtype == np.float16 and (maps.max((1, 2)) == 1).all()
+    )
     np.testing.assert_allclose(maps, expected / expected.amax((1, 2), keepdim=True), atol=1e-3)
 
 
@@ -178,8 +220,10 @@ def test_maps_of_changed_images_are_computed_again(config, computed):
     (path.parents[2] / "val").mkdir()
     before = S.saliency_maps("signature", load(config, "train"), config, CPU)[0].copy()
     S.saliency_maps("signature", load(config, "pretrain"), config, CPU)
-    assert computed == [4]                              # `pretrain` and `train` are the same images
-    Image.fromarray(ground_with_patch(12, 12, size=24, side=4).numpy().transpose(1, 2, 0)).save(path)
+    assert computed == [4]  # `pretrain` and `train` are the same images
+    Image.fromarray(ground_with_patch(12, 12, size=24, side=4).numpy().transpose(1, 2, 0)).save(
+        path
+    )
     after = S.saliency_maps("signature", load(config, "train"), config, CPU)[0]
     assert computed == [4, 4]
     np.testing.assert_array_equal(after[:3], before[:3])
@@ -188,11 +232,23 @@ def test_maps_of_changed_images_are_computed_again(config, computed):
 
 def test_parts_splits_and_sizes_have_their_own_maps(config, make_split, computed):
     split = make_split()
-    two = Split([Part(split.parts[0].images[:5], "unlabeled", None, 5), Part(split.parts[0].images[5:], "train", None, 7)], *split[1:])
+    two = Split(
+        [
+            Part(split.parts[0].images[:5], "unlabeled", None, 5),
+            Part(split.parts[0].images[5:], "train", None, 7),
+        ],
+        *split[1:],
+    )
     for _ in range(2):
         maps = S.saliency_maps("signature", two, config, CPU)
-        other = S.saliency_maps("signature", make_split(size=16), replace(config, image_size=16), CPU)
-    assert [len(m) for m in maps] == [5, 7] and other[0].shape == (12, 16, 16) and computed == [5, 7, 12]
+        other = S.saliency_maps(
+            "signature", make_split(size=16), replace(config, image_size=16), CPU
+        )
+    assert (
+        [len(m) for m in maps] == [5, 7]
+        and other[0].shape == (12, 16, 16)
+        and computed == [5, 7, 12]
+    )
 
 
 # ---------------------------------------------------------------- published maps
@@ -216,7 +272,10 @@ def write_maps(folder, name, shape=(10, 1, 24, 24), dtype=np.float32, sub=False)
 @pytest.mark.parametrize("shape", [(10, 1, 24, 24), (10, 24, 24)], ids=str)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_published_maps_unlabeled_then_train(tmp_path, config, sub, shape, dtype):
-    written = [write_maps(tmp_path, name, shape, dtype, sub).reshape(10, 24, 24) for name in ("unlabeled", "train")]
+    written = [
+        write_maps(tmp_path, name, shape, dtype, sub).reshape(10, 24, 24)
+        for name in ("unlabeled", "train")
+    ]
     maps = S.saliency_maps(str(tmp_path), published_split(), config, CPU)
     for ours, theirs in zip(maps, written, strict=True):
         assert isinstance(ours, np.memmap)              # the real file has 3.7 GB
@@ -227,7 +286,9 @@ def test_published_maps_unlabeled_then_train(tmp_path, config, sub, shape, dtype
 
 def test_published_maps_follow_limit(tmp_path, config):
     written, rows = write_maps(tmp_path, "train"), np.array([1, 4, 9])
-    (maps,) = S.saliency_maps(str(tmp_path), published_split(rows=rows, names=["train"]), config, CPU)
+    (maps,) = S.saliency_maps(
+        str(tmp_path), published_split(rows=rows, names=["train"]), config, CPU
+    )
     np.testing.assert_array_equal(maps, written[[1, 4, 9], 0])
 
 
@@ -236,14 +297,21 @@ def test_published_maps_on_stl10_itself(tmp_path, make_config):
     folder = Path(stl10.data_dir) / "stl10_binary"
     folder.mkdir(parents=True)
     for name in ("unlabeled", "train", "test"):
-        np.arange(8, dtype=np.uint8).repeat(27648).tofile(folder / f"{name}_X.bin")        # image i is all i
+        # image i is all i
+        np.arange(8, dtype=np.uint8).repeat(27648).tofile(folder / f"{name}_X.bin")
         (np.arange(8, dtype=np.uint8) + 1).tofile(folder / f"{name}_y.bin")
-        np.save(tmp_path / f"saliency_{name}.npy", np.arange(8, dtype=np.float32)[:, None, None, None].repeat(96, 2).repeat(96, 3))
+        np.save(
+            tmp_path / f"saliency_{name}.npy",
+            np.arange(8, dtype=np.float32)[:, None, None, None].repeat(96, 2).repeat(96, 3),
+        )
     for split in ("pretrain", "train", "val"):
         data = load(stl10, split)
-        for maps, part in zip(S.saliency_maps(str(tmp_path), data, stl10, CPU), data.parts, strict=True):
+        for maps, part in zip(
+            S.saliency_maps(str(tmp_path), data, stl10, CPU), data.parts, strict=True
+        ):
             assert len(maps) == 4
-            np.testing.assert_array_equal(maps[:, 0, 0], part.images[:, 0, 0, 0])           # map i is all i, too
+            # map i is all i, too
+            np.testing.assert_array_equal(maps[:, 0, 0], part.images[:, 0, 0, 0])
 
 
 def cut_short(path):
@@ -259,13 +327,37 @@ def pickled(path):
     np.save(path, np.array([{}] * 10, dtype=object), allow_pickle=True)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda p: np.save(p, np.ones((9, 1, 24, 24), np.float32)), lambda p: np.save(p, np.ones((11, 24, 24), np.float32)),
-    lambda p: np.save(p, np.ones((10, 1, 24, 23), np.float32)), lambda p: np.save(p, np.ones((10, 96, 96), np.float32)),
-    lambda p: np.save(p, np.ones((10, 3, 24, 24), np.float32)), lambda p: np.save(p, np.float32(1)), integers, pickled, cut_short, Path.unlink,
-    lambda p: p.write_text("not an array"), lambda p: np.savez(p.open("wb"), np.ones((10, 24, 24))),
-], ids=["too few", "too many", "not square", "another size", "three channels", "a number", "integers", "pickled objects", "cut short", "missing",
-        "text", "npz"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: np.save(p, np.ones((9, 1, 24, 24), np.float32)),
+        lambda p: np.save(p, np.ones((11, 24, 24), np.float32)),
+        lambda p: np.save(p, np.ones((10, 1, 24, 23), np.float32)),
+        lambda p: np.save(p, np.ones((10, 96, 96), np.float32)),
+        lambda p: np.save(p, np.ones((10, 3, 24, 24), np.float32)),
+        lambda p: np.save(p, np.float32(1)),
+        integers,
+        pickled,
+        cut_short,
+        Path.unlink,
+        lambda p: p.write_text("not an array"),
+        lambda p: np.savez(p.open("wb"), np.ones((10, 24, 24))),
+    ],
+    ids=[
+        "too few",
+        "too many",
+        "not square",
+        "another size",
+        "three channels",
+        "a number",
+        "integers",
+        "pickled objects",
+        "cut short",
+        "missing",
+        "text",
+        "npz",
+    ],
+)
 def test_published_maps_that_do_not_fit_are_named(tmp_path, config, damage):
     write_maps(tmp_path, "train")
     damage(tmp_path / "saliency_train.npy")
@@ -283,10 +375,18 @@ def test_a_misspelt_source_lists_the_choices(config):
 
 def test_uniform_is_all_ones_and_takes_no_memory():
     images = np.broadcast_to(np.zeros(1, np.uint8), (100_000, 3, 96, 96))
-    split = Split([Part(images, "unlabeled", None, 100_000)], np.zeros(100_000, np.int64), [], (0,) * 3, (1,) * 3, {})
+    split = Split(
+        [Part(images, "unlabeled", None, 100_000)],
+        np.zeros(100_000, np.int64),
+        [],
+        (0,) * 3,
+        (1,) * 3,
+        {},
+    )
     tracemalloc.start()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")                  # torch warns about arrays it may not write to
+        # torch warns about arrays it may not write to
+        warnings.simplefilter("error")
         (maps,) = S.saliency_maps("uniform", split, None, CPU)
         rows = Store([maps], CPU)[torch.tensor([0, 99_999])]
     peak = tracemalloc.get_traced_memory()[1]
@@ -299,7 +399,8 @@ def test_uniform_is_all_ones_and_takes_no_memory():
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Module deepgaze_pytorch whose model prefers bright pixels; .calls records what it was shown."""
+    """Module deepgaze_pytorch whose model prefers bright pixels; .calls records what it was
+    shown."""
     class DeepGazeIIE(torch.nn.Module):
         calls = []
 
@@ -309,10 +410,13 @@ def stand_in(monkeypatch):
 
         def forward(self, x, centerbias):
             self.calls.append((x.clone(), centerbias.clone(), self.training))
-            log_density = x.mean(1) / 32 + centerbias                                       # (B, H, W)
+            # (B, H, W)
+            log_density = x.mean(1) / 32 + centerbias
             return log_density - log_density.flatten(1).logsumexp(1).view(-1, 1, 1)
 
-    monkeypatch.setitem(sys.modules, "deepgaze_pytorch", types.SimpleNamespace(DeepGazeIIE=DeepGazeIIE))
+    monkeypatch.setitem(
+        sys.modules, "deepgaze_pytorch", types.SimpleNamespace(DeepGazeIIE=DeepGazeIIE)
+    )
     return DeepGazeIIE
 
 
@@ -324,17 +428,31 @@ def bright_square(row, column, size=48):
 
 def square_split(*places):
     images = np.stack([bright_square(*place) for place in places])
-    return Split([Part(images, "train", None, len(images))], np.zeros(len(images), np.int64), [], (0,) * 3, (1,) * 3, dict(places=places))
+    return Split(
+        [Part(images, "train", None, len(images))],
+        np.zeros(len(images), np.int64),
+        [],
+        (0,) * 3,
+        (1,) * 3,
+        dict(places=places),
+    )
 
 
 def test_deepgaze_is_shown_512_pixels_of_0_to_255_and_a_normalised_bias(config, stand_in):
     config = replace(config, image_size=48)
     (maps,) = S.saliency_maps("deepgaze", square_split((12, 30), (30, 12)), config, CPU)
     (x, bias, training), = stand_in.calls
-    assert x.shape == (2, 3, 512, 512) and x.dtype == torch.float32 and x.min() == 10 and x.max() == 250 and not training
+    assert (
+        x.shape == (2, 3, 512, 512)
+        and x.dtype == torch.float32
+        and x.min() == 10
+        and x.max() == 250
+        and not training
+    )
     assert bias.shape == (2, 512, 512)
     np.testing.assert_allclose(logsumexp(bias.numpy(), axis=(1, 2)), 0, atol=1e-3)
-    np.testing.assert_allclose(bias[0] - bias[0, 256, 256], np.log(centre_prior(512)), atol=1e-3)     # ours, for want of a file
+    # ours, for want of a file
+    np.testing.assert_allclose(bias[0] - bias[0, 256, 256], np.log(centre_prior(512)), atol=1e-3)
     assert maps.shape == (2, 48, 48) and (maps >= 0).all() and (maps.max((1, 2)) == 1).all()
     for saliency, (row, column) in zip(maps, [(12, 30), (30, 12)]):
         r, c = divmod(int(saliency.argmax()), 48)
@@ -346,8 +464,13 @@ def test_deepgaze_map_is_the_density_at_image_size(config, stand_in):
     (x, bias, _), = stand_in.calls
     log = (x.double().mean(1) / 32 + bias)[0].numpy()
     density = np.exp(log - logsumexp(log))
-    assert abs(float(ours.sum()) * 64 - 1) < 1e-3                   # each of our pixels is the mean of 64 of theirs
-    np.testing.assert_allclose(ours, Image.fromarray(density.astype(np.float32)).resize((64, 64), Image.BILINEAR), rtol=1e-3)
+    # each of our pixels is the mean of 64 of theirs
+    assert abs(float(ours.sum()) * 64 - 1) < 1e-3
+    np.testing.assert_allclose(
+        ours,
+        Image.fromarray(density.astype(np.float32)).resize((64, 64), Image.BILINEAR),
+        rtol=1e-3,
+    )
 
 
 def test_deepgaze_runs_once_and_again_when_its_centre_bias_changes(config, stand_in):
@@ -356,7 +479,8 @@ def test_deepgaze_runs_once_and_again_when_its_centre_bias_changes(config, stand
         S.saliency_maps("deepgaze", split, config, CPU)
     assert len(stand_in.calls) == 1
     bias = np.full((20, 30), -3.0)
-    bias[:, :15] = -1                                                                       # people look to the left
+    # people look to the left
+    bias[:, :15] = -1
     np.save(Path(config.data_dir) / "centerbias_mit1003.npy", bias)
     (maps,) = S.saliency_maps("deepgaze", split, config, CPU)
     shown = stand_in.calls[1][1][0]
@@ -386,12 +510,18 @@ def test_deepgaze_without_its_weights(config, stand_in, monkeypatch):
         raise URLError("HTTP 300")
 
     monkeypatch.setattr(stand_in, "__init__", no_network)
-    with pytest.raises(BadInput, match="--saliency deepgaze: could not fetch its weights .*HTTP 300"):
+    with pytest.raises(
+        BadInput, match="--saliency deepgaze: could not fetch its weights .*HTTP 300"
+    ):
         S.saliency_maps("deepgaze", square_split((12, 30)), config, CPU)
     assert not [f for f in Path(config.data_dir).rglob("*") if f.is_file()]
 
 
-@pytest.mark.parametrize("write", [lambda p: np.save(p, np.zeros((2, 20, 20))), lambda p: p.write_text("log density")], ids=["three axes", "text"])
+@pytest.mark.parametrize(
+    "write",
+    [lambda p: np.save(p, np.zeros((2, 20, 20))), lambda p: p.write_text("log density")],
+    ids=["three axes", "text"],
+)
 def test_centre_bias_that_is_no_map_is_named(config, stand_in, write):
     Path(config.data_dir).mkdir()
     write(Path(config.data_dir) / "centerbias_mit1003.npy")

@@ -1,6 +1,7 @@
 """smoke.py runs; and what it says of a GPU, as far as that can be known without one.
 
-PyTorch can run a program on a GPU that is not there: fake tensors have shape, type and device, and no content. Reading a content
+PyTorch can run a program on a GPU that is not there: fake tensors have shape, type and device, and
+no content. Reading a content
 fails, and so does mixing devices. Only backward passes want the real device."""
 import collections
 import json
@@ -25,17 +26,25 @@ GPU, BATCH = torch.device("cuda", 0), 16
 
 def test_smoke_says_what_it_saw(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(smoke, "STEPS", smoke.WARM_UP + 1)
-    assert smoke.main(["--device", "cpu", "--only", "augment, seq-jepa", "--out", str(tmp_path)]) == 0
+    assert (
+        smoke.main(["--device", "cpu", "--only", "augment, seq-jepa", "--out", str(tmp_path)]) == 0
+    )
     result = json.loads((tmp_path / "smoke.json").read_text())["cases"]["augment, seq-jepa"]
     assert result["wrong"] == "" and len(result["loss"]) == smoke.STEPS
-    assert smoke.main(["--device", "cpu", "--batch-size", "1"]) == 2 and "--batch-size 1: must be at least 2" in capsys.readouterr().err
-    assert "augment" in smoke.verdict(result | dict(waits_per_step=0.5, waits_at=["augmentations.py:1"]), smoke.settings.Config())
+    assert (
+        smoke.main(["--device", "cpu", "--batch-size", "1"]) == 2
+        and "--batch-size 1: must be at least 2" in capsys.readouterr().err
+    )
+    assert "augment" in smoke.verdict(
+        result | dict(waits_per_step=0.5, waits_at=["augmentations.py:1"]), smoke.settings.Config()
+    )
 
 
 # ---------------------------------------------------------------- on a GPU that is not there
 
 class Waits(TorchDispatchMode):
-    """Counts in `places` {file: n} what makes the host wait for the GPU without reading a fake tensor's content in Python."""
+    """Counts in `places` {file: n} what makes the host wait for the GPU without reading a fake
+    tensor's content in Python."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +52,11 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out, name = function(*args, **kwargs or {}), function.overloadpacket.__name__
-        if name == "multinomial" or name in ("_to_copy", "copy_") and copied_at_once(name, out, *args, **kwargs or {}):
+        if (
+            name == "multinomial"
+            or name in ("_to_copy", "copy_")
+            and copied_at_once(name, out, *args, **kwargs or {})
+        ):
             self.note()
         return out
 
@@ -66,25 +79,32 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (2 ** 36, 2 ** 36))
     waits = Waits()
 
-    def sizes(*present):                                                # what attention.sizes reads cannot be read here
+    # what attention.sizes reads cannot be read here
+    def sizes(*present):
         waits.note()
         return [(p.numel() // 2, p.shape[1] // 16 * 8) for p in present]
 
     monkeypatch.setattr(dseq_jepa, "sizes", sizes)
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: [torch.zeros_like(x)])      # Grad-CAM's
+    # Grad-CAM's
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: [torch.zeros_like(x)])
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)    # a fake parameter cannot take a real one's place
+    # a fake parameter cannot take a real one's place
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield waits
     torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="fake tensors of PyTorch 2.6 move to a GPU only where its driver is")
+@pytest.mark.skipif(
+    torch.__version__ < "2.11",
+    reason="fake tensors of PyTorch 2.6 move to a GPU only where its driver is",
+)
 @pytest.mark.parametrize("case", smoke.CASES)
 def test_a_step_mixes_no_devices_and_waits_for_the_gpu_only_where_it_says(case, fake_gpu):
     mode, changes = smoke.CASES[case]
     values = settings.preset(smoke.DATASETS[mode], mode) | dict(batch_size=BATCH)
-    small = dict(encoder="vit-nano", image_size=64) if mode == "regions" else {}          # weights are real, and ViT-B's take a while to draw
+    # weights are real, and ViT-B's take a while to draw
+    small = dict(encoder="vit-nano", image_size=64) if mode == "regions" else {}
     config = settings.check(settings.Config(**values | changes | small))
     views, _ = bench.make_views(config, BATCH, GPU)
     with unset_fake_temporarily():
@@ -93,7 +113,9 @@ def test_a_step_mixes_no_devices_and_waits_for_the_gpu_only_where_it_says(case, 
     optimizer, meters = build_optimizer(model, config, GPU), Meters(GPU, when=None)
     with fake_gpu:
         seed_all(0)
-        batch = views(torch.arange(BATCH), config.views)._replace(progress=torch.full((), 0.5, device=GPU))
+        batch = views(torch.arange(BATCH), config.views)._replace(
+            progress=torch.full((), 0.5, device=GPU)
+        )
         with torch.autocast("cuda", torch.bfloat16):
             out = model(batch)
         for parameter in model.parameters():
@@ -101,5 +123,9 @@ def test_a_step_mixes_no_devices_and_waits_for_the_gpu_only_where_it_says(case, 
         optimizer.step()
         model.update_target(0.996)
         meters.add(0, loss=out.loss, **out.logs)
-    assert {x.device for x in [*batch, out.loss, *meters.sums.values(), *model.state_dict().values()]} == {GPU}
-    assert fake_gpu.places == ({"dseq_jepa.py": smoke.waits_allowed(config)} if mode == "regions" else {})
+    assert {
+        x.device for x in [*batch, out.loss, *meters.sums.values(), *model.state_dict().values()]
+    } == {GPU}
+    assert fake_gpu.places == (
+        {"dseq_jepa.py": smoke.waits_allowed(config)} if mode == "regions" else {}
+    )

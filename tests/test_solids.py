@@ -26,7 +26,16 @@ def scene(kind, centre, half, colour=(.8, .1, .1), turn=(0, 0, 0), ends=(1, 1)):
     """One object that is one plain primitive."""
     row = lambda x: torch.tensor(x, dtype=torch.float32)[None, None]
     axes = row(Rotation.from_euler("xyz", turn).as_matrix().tolist())
-    return Solids(torch.tensor([0]), torch.tensor([[kind]]), row(centre), row(half), axes, row(ends), row(colour), torch.zeros(1, 4))
+    return Solids(
+        torch.tensor([0]),
+        torch.tensor([[kind]]),
+        row(centre),
+        row(half),
+        axes,
+        row(ends),
+        row(colour),
+        torch.zeros(1, 4),
+    )
 
 
 def latent(angles=(0, 0, 0), floor_hue=1 / 3, theta=0.0, phi=0.0, light_hue=0.0):
@@ -39,7 +48,8 @@ def views(n, size=24, split="train", seed=0):
 
 
 def project(point):
-    """World point -> (column, row) in [-1, 1], from the documented camera alone: at y < 0, looking at the origin."""
+    """World point -> (column, row) in [-1, 1], from the documented camera alone: at y < 0, looking
+    at the origin."""
     polar, distance = solids.CAMERA_POLAR, solids.CAMERA_DISTANCE
     camera = distance * np.array([0, -math.sin(polar), math.cos(polar)])
     forward = -camera / distance
@@ -57,21 +67,32 @@ def apart(a, b):
     return abs((a - b + .5) % 1 - .5)
 
 
-# --- rotations -------------------------------------------------------------------------------------------------------
+# --- rotations
+# ----------------------------------------------------------------------------------------
 
 def test_rotation_matrix_is_scipys_extrinsic_xyz():
     angles = np.random.default_rng(0).uniform(-3, 3, (50, 3))
     ours = solids.rotation_matrix(torch.from_numpy(angles).view(5, 10, 3))
-    np.testing.assert_allclose(ours.view(50, 3, 3), Rotation.from_euler("xyz", angles).as_matrix(), atol=1e-12)
+    np.testing.assert_allclose(
+        ours.view(50, 3, 3), Rotation.from_euler("xyz", angles).as_matrix(), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("angles", [(1.2, 0, 0), (0, 1.2, 0), (0, 0, 1.2), (-.7, .9, -1.1)])
 def test_a_marker_moves_on_screen_as_scipy_says(angles):
     marker, size = np.array([.5, -.3, .4]), 64
-    image = render(scene(ELLIPSOID, marker.tolist(), (.1, .1, .1), colour=(1, 0, 0)), torch.tensor([0]), latent(angles), size)[0].int()
-    rows, columns = torch.nonzero(image[0] > image[1], as_tuple=True)       # a red marker over a green floor
+    image = render(
+        scene(ELLIPSOID, marker.tolist(), (0.1, 0.1, 0.1), colour=(1, 0, 0)),
+        torch.tensor([0]),
+        latent(angles),
+        size,
+    )[0].int()
+    # a red marker over a green floor
+    rows, columns = torch.nonzero(image[0] > image[1], as_tuple=True)
     seen = np.array([columns.double().mean(), rows.double().mean()]) * 2 / size + 1 / size - 1
-    np.testing.assert_allclose(seen, project(Rotation.from_euler("xyz", angles).apply(marker)), atol=.02)
+    np.testing.assert_allclose(
+        seen, project(Rotation.from_euler("xyz", angles).apply(marker)), atol=0.02
+    )
     assert np.abs(seen - project(marker)).max() > .1
 
 
@@ -79,19 +100,30 @@ def test_a_marker_moves_on_screen_as_scipy_says(angles):
 def test_turning_by_latent_equals_turning_the_geometry(index):
     objects, angles = sample_objects(index + 1, 3, "train"), (.8, -1.1, .5)
     matrix = torch.from_numpy(Rotation.from_euler("xyz", angles).as_matrix()).float()
-    turned = objects._replace(centre=objects.centre @ matrix.T, axes=matrix @ objects.axes,
-                              stripes=torch.cat([objects.stripes[:, :3] @ matrix.T, objects.stripes[:, 3:]], 1))
+    turned = objects._replace(
+        centre=objects.centre @ matrix.T,
+        axes=matrix @ objects.axes,
+        stripes=torch.cat([objects.stripes[:, :3] @ matrix.T, objects.stripes[:, 3:]], 1),
+    )
     one, which = latent(angles, theta=.5, phi=1.0), torch.tensor([index])
-    by_latent, by_geometry = render(objects, which, one, 48), render(turned, which, latent(theta=.5, phi=1.0), 48)
+    by_latent, by_geometry = (
+        render(objects, which, one, 48),
+        render(turned, which, latent(theta=0.5, phi=1.0), 48),
+    )
     difference = (by_latent.int() - by_geometry.int()).abs()
-    assert (difference > 2).float().mean() < .005                          # rounding may move an edge sample
-    assert ((by_latent.int() - render(objects, which, latent(theta=.5, phi=1.0), 48).int()).abs() > 2).float().mean() > .1
+    # rounding may move an edge sample
+    assert (difference > 2).float().mean() < .005
+    assert (
+        (by_latent.int() - render(objects, which, latent(theta=0.5, phi=1.0), 48).int()).abs() > 2
+    ).float().mean() > 0.1
 
 
-# --- rays ------------------------------------------------------------------------------------------------------------
+# --- rays
+# ----------------------------------------------------------------------------------------
 
 def inside(kind, p, ends):
-    """Local points (3, k) -> is it in the primitive? The definition, without any intersection formula."""
+    """Local points (3, k) -> is it in the primitive? The definition, without any intersection
+    formula."""
     if kind == BOX:
         return (np.abs(p) <= 1).all(0)
     if kind == ELLIPSOID:
@@ -100,15 +132,25 @@ def inside(kind, p, ends):
     return (np.abs(p[2]) <= 1) & (np.hypot(p[0], p[1]) <= radius)
 
 
-@pytest.mark.parametrize("kind, ends", [(BOX, (1, 1)), (ELLIPSOID, (1, 1)), (FRUSTUM, (1, 1)), (FRUSTUM, (1, .4)), (FRUSTUM, (0, 1))])
+@pytest.mark.parametrize(
+    "kind, ends",
+    [(BOX, (1, 1)), (ELLIPSOID, (1, 1)), (FRUSTUM, (1, 1)), (FRUSTUM, (1, 0.4)), (FRUSTUM, (0, 1))],
+)
 def test_hits_agree_with_a_ray_marcher(kind, ends):
-    rng, hit = np.random.default_rng(1), (solids.hit_box, solids.hit_ellipsoid, solids.hit_frustum)[kind]
+    rng, hit = (
+        np.random.default_rng(1),
+        (solids.hit_box, solids.hit_ellipsoid, solids.hit_frustum)[kind],
+    )
     origin = rng.normal(size=(200, 3))
     origin *= 4 / np.linalg.norm(origin, axis=1, keepdims=True)
     direction = (rng.uniform(-1, 1, (200, 3)) - origin) / 4
     direction[:40] = -origin[:40] * (.01, .01, 1) / 4                       # straight at the caps
     as_rays = lambda x: torch.from_numpy(x).float().unbind(1)
-    t = hit([x[:, None] for x in as_rays(origin)], [x[:, None] for x in as_rays(direction)], torch.tensor([ends]).float().expand(200, 2))[:, 0]
+    t = hit(
+        [x[:, None] for x in as_rays(origin)],
+        [x[:, None] for x in as_rays(direction)],
+        torch.tensor([ends]).float().expand(200, 2),
+    )[:, 0]
     steps = np.arange(0, 10, .002)
     wrong = hits = 0
     for o, d, ours in zip(origin, direction, t.tolist()):
@@ -116,24 +158,29 @@ def test_hits_agree_with_a_ray_marcher(kind, ends):
         marched = steps[within.argmax()] if within.any() else solids.FAR
         wrong += abs(min(ours, 10) - min(marched, 10)) > .004
         hits += within.any()
-    assert 40 < hits < 190 and wrong <= 2                                  # the marcher steps over corners
+    # the marcher steps over corners
+    assert 40 < hits < 190 and wrong <= 2
 
 
 @pytest.mark.parametrize("origin, direction, t", [
     ((0, 0, 3), (0, 0, -1), 2),             # top cap, radius 0.5
-    ((.7, 0, 3), (0, 0, -1), 2.8),          # beside it: the side, whose radius 0.75 - 0.25 z is 0.7 at z = 0.2
+    # beside it: the side, whose radius 0.75 - 0.25 z is 0.7 at z = 0.2
+    ((.7, 0, 3), (0, 0, -1), 2.8),
     ((0, 0, -3), (0, 0, 1), 2),             # bottom cap
     ((.99, 0, -3), (0, 0, 1), 2),           # its very edge: radius 1
     ((3, 0, 0), (-1, 0, 0), 2.25),          # half way up: radius 0.75
     ((1.01, 0, 3), (0, 0, -1), None), ((3, 0, 1.1), (-1, 0, 0), None)])
 def test_frustum_by_hand(origin, direction, t):
     o, d = ([torch.tensor([[float(x)]]) for x in v] for v in (origin, direction))
-    assert solids.hit_frustum(o, d, torch.tensor([[1, .5]])).item() == pytest.approx(solids.FAR if t is None else t, rel=1e-5)
+    assert solids.hit_frustum(o, d, torch.tensor([[1, 0.5]])).item() == pytest.approx(
+        solids.FAR if t is None else t, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind, ends", [(BOX, (1, 1)), (ELLIPSOID, (1, 1)), (FRUSTUM, (1, .3))])
 def test_normals_are_the_gradient_of_the_surface(kind, ends):
-    """At a hit point, a small step along the normal leaves the solid, one against it enters, and tangents do neither."""
+    """At a hit point, a small step along the normal leaves the solid, one against it enters, and
+    tangents do neither."""
     objects = scene(kind, (.1, .2, 0), (.5, .3, .4), turn=(.3, .5, -.2), ends=ends)
     placed = solids.place(objects, torch.tensor([0]), torch.eye(3)[None])
     eye, axes, rays = solids.camera_rays(24, "cpu")
@@ -143,8 +190,12 @@ def test_normals_are_the_gradient_of_the_surface(kind, ends):
     normal = solids.normals(placed, view, primitive[view, tile, sample], points)
     torch.testing.assert_close(normal.norm(dim=1), torch.ones(len(points)))
     local = lambda p: (placed.to_local[0, 0] @ (p - placed.centre[0, 0]).T).double().numpy()
-    assert len(points) > 100 and (normal * rays[0, tile, :, sample]).sum(1).max() < 1e-2     # they face the camera
-    assert not inside(kind, local(points + 1e-3 * normal), ends).any() and inside(kind, local(points - 1e-3 * normal), ends).mean() > .98
+    # they face the camera
+    assert len(points) > 100 and (normal * rays[0, tile, :, sample]).sum(1).max() < 1e-2
+    assert (
+        not inside(kind, local(points + 1e-3 * normal), ends).any()
+        and inside(kind, local(points - 1e-3 * normal), ends).mean() > 0.98
+    )
     tangent = torch.linalg.cross(normal, normal.roll(1, 1) + .1)
     ahead = inside(kind, local(points + 1e-2 * tangent - 5e-4 * normal), ends)
     assert ahead.mean() > .9
@@ -152,55 +203,83 @@ def test_normals_are_the_gradient_of_the_surface(kind, ends):
 
 def test_culling_changes_nothing(monkeypatch):
     objects, latents, image = views(16, 32)
-    everything = lambda axes, v: (torch.full((*v.shape[:2], 2), -1e9), torch.full((*v.shape[:2], 2), 1e9))
+    everything = lambda axes, v: (
+        torch.full((*v.shape[:2], 2), -1e9),
+        torch.full((*v.shape[:2], 2), 1e9),
+    )
     monkeypatch.setattr(solids, "screen_bounds", everything)
     assert torch.equal(render(objects, torch.arange(16), latents, 32), image)
 
 
-# --- light and colour ------------------------------------------------------------------------------------------------
+# --- light and colour
+# ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("asked", [.02, .3, .55, .9])
 def test_floor_hue(asked, monkeypatch):
     monkeypatch.setattr(solids, "LIGHT_SATURATION", 0.0)
-    image = render(scene(ELLIPSOID, (0, 0, 0), (.1, .1, .1)), torch.tensor([0]), latent(floor_hue=asked), 32)[0]
+    image = render(
+        scene(ELLIPSOID, (0, 0, 0), (0.1, 0.1, 0.1)), torch.tensor([0]), latent(floor_hue=asked), 32
+    )[0]
     assert apart(hue(image[:, 24:].flatten(1)), asked) < .01
 
 
 @pytest.mark.parametrize("asked", [.02, .3, .55, .9])
 def test_light_hue_tints_what_is_lit(asked):
-    image = render(scene(ELLIPSOID, (0, 0, 0), (.8, .8, .8), colour=(.8, .8, .8)), torch.tensor([0]), latent(light_hue=asked), 32)[0]
+    image = render(
+        scene(ELLIPSOID, (0, 0, 0), (0.8, 0.8, 0.8), colour=(0.8, 0.8, 0.8)),
+        torch.tensor([0]),
+        latent(light_hue=asked),
+        32,
+    )[0]
     assert apart(hue(image[:, 6:10, 12:20].flatten(1)), asked) < .02
 
 
 @pytest.mark.parametrize("phi", [0.0, math.pi / 2, math.pi, 3 * math.pi / 2])
 def test_shadow_falls_away_from_the_light(phi):
     centre, size = np.array([0, .4, -.5]), 64
-    light = np.array([math.sin(.7) * math.cos(phi), math.sin(.7) * math.sin(phi), math.cos(.7)]) * solids.LIGHT_DISTANCE
-    shadow = light + (centre - light) * (light[2] + 1) / (light[2] - centre[2])      # light -> centre, on to the floor
+    light = (
+        np.array([math.sin(0.7) * math.cos(phi), math.sin(0.7) * math.sin(phi), math.cos(0.7)])
+        * solids.LIGHT_DISTANCE
+    )
+    # light -> centre, on to the floor
+    shadow = light + (centre - light) * (light[2] + 1) / (light[2] - centre[2])
     lone, one = scene(ELLIPSOID, centre.tolist(), (.15, .15, .15)), latent(theta=.7, phi=phi)
     with_ball, without = (render(x, torch.tensor([0]), one, size)[0].float().mean(0)
                           for x in (lone, lone._replace(kind=torch.tensor([[NOTHING]]))))
     row, column = ((project(shadow)[::-1] + 1) * size / 2).astype(int)
     darker = with_ball / without < .8
     assert darker[row, column]
-    row, column = ((project(centre * (2, 2, 0) - shadow * (1, 1, -1))[::-1] + 1) * size / 2).astype(int)
+    row, column = ((project(centre * (2, 2, 0) - shadow * (1, 1, -1))[::-1] + 1) * size / 2).astype(
+        int
+    )
     assert not darker[row, column]
     assert darker.float().mean() < .05                                      # and nowhere else
 
 
 def test_the_spot_leaves_the_far_floor_in_the_dark():
-    image = render(scene(ELLIPSOID, (0, 0, 0), (.1, .1, .1)), torch.tensor([0]), latent(), 32)[0].float()
+    image = render(scene(ELLIPSOID, (0, 0, 0), (0.1, 0.1, 0.1)), torch.tensor([0]), latent(), 32)[
+        0
+    ].float()
     assert image[:, :2].mean() < .6 * image[:, 20:26, 12:20].mean()
 
 
 def test_without_the_spot_what_faces_the_camera_is_brightest(monkeypatch):
     monkeypatch.setattr(solids, "SPOT_STRENGTH", 0.0)
-    image = render(scene(ELLIPSOID, (0, 0, 0), (.8, .8, .8), colour=(1, 1, 1)), torch.tensor([0]), latent(), 65)[0].double() / 255
+    image = (
+        render(
+            scene(ELLIPSOID, (0, 0, 0), (0.8, 0.8, 0.8), colour=(1, 1, 1)),
+            torch.tensor([0]),
+            latent(),
+            65,
+        )[0].double()
+        / 255
+    )
     assert image[0, 32, 32] == pytest.approx(solids.AMBIENT + solids.CAMERA_FILL, abs=.01)
     assert image[0, 32, 9] < image[0, 32, 32] - .05                         # towards the rim
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------
+# --- sampling
+# ----------------------------------------------------------------------------------------
 
 def test_same_seed_same_images_and_other_seeds_or_splits_other_ones():
     first, again = views(16)[2], views(16)[2]
@@ -241,7 +320,9 @@ def test_latents_fill_their_ranges():
     latents = sample_latents(200, 10, 0, "train").flatten(0, 1)
     low, high = torch.tensor(solids.LATENT_RANGES).T
     assert latents.dtype == torch.float32 and (latents >= low).all() and (latents <= high).all()
-    assert ((latents.amin(0) - low) / (high - low) < .01).all() and ((high - latents.amax(0)) / (high - low) < .01).all()
+    assert ((latents.amin(0) - low) / (high - low) < 0.01).all() and (
+        (high - latents.amax(0)) / (high - low) < 0.01
+    ).all()
     assert torch.corrcoef(latents.T).sub(torch.eye(7)).abs().max() < .1
     narrow = sample_latents(200, 10, 0, "train", rotation_range=.3).flatten(0, 1)
     assert .29 < narrow[:, :3].abs().max() <= .3 and torch.equal(narrow[:, 3:], latents[:, 3:])
@@ -251,27 +332,42 @@ def test_objects_stay_in_the_unit_ball_and_fill_it():
     objects = sample_objects(64, 0, "train")
     angle = torch.arange(0, 2 * math.pi, .1)
     rim = torch.stack([angle.cos(), angle.sin(), torch.zeros_like(angle)])
-    sphere = torch.nn.functional.normalize(torch.randn(3, 500, generator=torch.Generator().manual_seed(0)), dim=0)
+    sphere = torch.nn.functional.normalize(
+        torch.randn(3, 500, generator=torch.Generator().manual_seed(0)), dim=0
+    )
     cube = torch.tensor([[x, y, z] for x in (-1., 1) for y in (-1, 1) for z in (-1, 1)]).T
     for i in range(64):
         farthest = 0
         for kind, centre, half, axes, ends in zip(*(x[i] for x in objects[1:6])):
             if kind == NOTHING:
                 continue
-            caps = [rim * torch.tensor([[r], [r], [1]]) + torch.tensor([[0], [0], [z]]) for r, z in zip(ends, (-1, 1))]
+            caps = [
+                rim * torch.tensor([[r], [r], [1]]) + torch.tensor([[0], [0], [z]])
+                for r, z in zip(ends, (-1, 1))
+            ]
             local = {BOX: cube, ELLIPSOID: sphere, FRUSTUM: torch.cat(caps, 1)}[kind.item()]
-            farthest = max(farthest, (centre[:, None] + axes @ (half[:, None] * local)).norm(dim=0).max().item())
+            farthest = max(
+                farthest,
+                (centre[:, None] + axes @ (half[:, None] * local)).norm(dim=0).max().item(),
+            )
         assert .85 < farthest < 1 + 1e-4, CLASSES[i % 16]
 
 
-# --- rendering -------------------------------------------------------------------------------------------------------
+# --- rendering
+# ----------------------------------------------------------------------------------------
 
 def test_one_object_under_two_latents():
     objects = sample_objects(3, 0, "train")
-    images = render(objects, torch.tensor([2, 2, 2]), torch.cat([latent(), latent((.5, 0, 0)), latent(floor_hue=.8)]), 24)
+    images = render(
+        objects,
+        torch.tensor([2, 2, 2]),
+        torch.cat([latent(), latent((0.5, 0, 0)), latent(floor_hue=0.8)]),
+        24,
+    )
     assert (images[0] != images[1]).any() and (images[0] != images[2]).any()
     green_floor = images[0].int() - images[2].int()
-    assert (green_floor.abs().amax(0) <= 1).float().mean() > .05            # the object itself keeps its pixels
+    # the object itself keeps its pixels
+    assert (green_floor.abs().amax(0) <= 1).float().mean() > .05
 
 
 @pytest.mark.parametrize("size", [7, 30, 33])
@@ -283,7 +379,8 @@ def test_odd_sizes_show_the_same_picture(size):
 
 
 def test_batch_of_one_and_chunks():
-    objects, latents, images = views(6, 200)                                # 3 views per chunk at this size
+    # 3 views per chunk at this size
+    objects, latents, images = views(6, 200)
     for i in (0, 4):
         one = render(objects, torch.tensor([i]), latents[i:i + 1], 200)[0]
         assert ((one.int() - images[i].int()).abs() > 1).float().mean() < 1e-3
@@ -304,7 +401,9 @@ def test_render_split_yields_every_view_once():
 def test_hue_range_shrinks_hues_alone():
     full, half, none = (solids.sample_latents(40, 3, 0, "train", hue_range=r) for r in (1, .5, 0))
     others = [0, 1, 2, 4, 5]
-    assert torch.equal(full[..., others], half[..., others]) and torch.equal(full[..., others], none[..., others])
+    assert torch.equal(full[..., others], half[..., others]) and torch.equal(
+        full[..., others], none[..., others]
+    )
     for column, plain in ((3, solids.PLAIN_FLOOR_HUE), (6, solids.PLAIN_LIGHT_HUE)):
         assert full[..., column].min() < .1 and full[..., column].max() > .9
         torch.testing.assert_close(half[..., column], (full[..., column] + plain) / 2)

@@ -23,10 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = "--epochs 3 --batch-size 8 --warmup-epochs 1 --device cpu".split()
 SMALL = "--width 2 --action-dim 4".split()
 MODES = {
-    "saccade": "--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2".split() + SMALL,
+    "saccade": "--dataset folder --mode saccade --image-size 20 --patch-size 8 --views 2".split()
+    + SMALL,
     "augment": "--dataset folder --mode augment --image-size 20 --views 2".split() + SMALL,
-    "rotation": "--dataset solids --mode rotation --image-size 16 --limit 16 --object-views 4 --views 2".split() + SMALL,
-    "regions": "--dataset folder --mode regions --encoder vit-nano --image-size 32 --patch-size 8 --min-patches 2".split(),
+    "rotation": "--dataset solids --mode rotation --image-size 16 --limit 16 "
+    "--object-views 4 --views 2".split()
+    + SMALL,
+    "regions": "--dataset folder --mode regions --encoder vit-nano --image-size 32 "
+    "--patch-size 8 --min-patches 2".split(),
 }
 
 
@@ -39,26 +43,39 @@ def test_learning_rate_at_its_corners():
     at = lambda step: lr_at(step, steps=100, warmup=20, start=1e-5, peak=4e-4, end=1e-5)
     assert at(0) == 1e-5 and at(20) == 4e-4 and at(99) == pytest.approx(1e-5)
     assert at(10) == pytest.approx((1e-5 + 4e-4) / 2)
-    assert at(20 + 79 // 2) == pytest.approx(1e-5 + 3.9e-4 * 0.5 * (1 + math.cos(math.pi * 39 / 79)))
+    assert at(20 + 79 // 2) == pytest.approx(
+        1e-5 + 3.9e-4 * 0.5 * (1 + math.cos(math.pi * 39 / 79))
+    )
     rates = [at(s) for s in range(100)]
     assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
 
 
 def test_learning_rate_without_warmup_or_with_nothing_else():
     assert lr_at(0, steps=10, warmup=0, start=0.1, peak=1.0, end=0.1) == 1.0
-    assert all(0 < lr_at(s, steps=5, warmup=20, start=0.1, peak=1.0, end=0.1) <= 1.0 for s in range(5))
+    assert all(
+        0 < lr_at(s, steps=5, warmup=20, start=0.1, peak=1.0, end=0.1) <= 1.0 for s in range(5)
+    )
     assert lr_at(0, steps=1, warmup=0, start=0.1, peak=1.0, end=0.1) == 1.0
 
 
 def test_warmup_may_start_elsewhere_than_the_end():
     """I-JEPA's: 2e-4 -> 1e-3 -> 1e-6."""
     at = lambda step: lr_at(step, steps=100, warmup=10, start=2e-4, peak=1e-3, end=1e-6)
-    assert at(0) == 2e-4 and at(5) == pytest.approx(6e-4) and at(10) == pytest.approx(1e-3) and at(99) == pytest.approx(1e-6)
+    assert (
+        at(0) == 2e-4
+        and at(5) == pytest.approx(6e-4)
+        and at(10) == pytest.approx(1e-3)
+        and at(99) == pytest.approx(1e-6)
+    )
 
 
 def test_momentum_at_its_corners():
     assert tau_at(0, base=0.996) == pytest.approx(0.996) and tau_at(1, base=0.996) == 1
-    assert tau_at(0.5, base=0.9) == pytest.approx(0.95) == pytest.approx(tau_at(0.5, base=0.9, shape="linear"))
+    assert (
+        tau_at(0.5, base=0.9)
+        == pytest.approx(0.95)
+        == pytest.approx(tau_at(0.5, base=0.9, shape="linear"))
+    )
     assert tau_at(0.25, base=0.9, shape="linear") == pytest.approx(0.925)
     assert tau_at(0.25, base=0.9) == pytest.approx(1 - 0.1 * 0.5 * (1 + math.cos(math.pi / 4)))
     taus = [tau_at(s / 49, base=0.9) for s in range(50)]
@@ -66,7 +83,10 @@ def test_momentum_at_its_corners():
 
 
 def test_weight_decay_at_its_corners():
-    assert weight_decay_at(0, start=0.04, end=0.4) == pytest.approx(0.04) and weight_decay_at(1, start=0.04, end=0.4) == 0.4
+    assert (
+        weight_decay_at(0, start=0.04, end=0.4) == pytest.approx(0.04)
+        and weight_decay_at(1, start=0.04, end=0.4) == 0.4
+    )
     assert weight_decay_at(0.5, start=0.04, end=0.4) == pytest.approx(0.22)
     assert weight_decay_at(0.7, start=1e-3, end=-1) == 1e-3
 
@@ -76,9 +96,17 @@ def test_biases_norms_and_agg_are_not_decayed(make_config):
     decayed, free = build_optimizer(model, make_config(), torch.device("cpu")).param_groups
     assert decayed["weight_decay"] == 1e-3 and free["weight_decay"] == 0
     names = {id(p): n for n, p in model.named_parameters()}
-    assert {names[id(p)].rsplit(".", 1)[-1] for p in free["params"]} <= {"weight", "bias", "agg", "in_proj_bias"}
+    assert {names[id(p)].rsplit(".", 1)[-1] for p in free["params"]} <= {
+        "weight",
+        "bias",
+        "agg",
+        "in_proj_bias",
+    }
     assert any(names[id(p)] == "aggregator.agg" for p in free["params"])
-    assert not any("bn" in names[id(p)] or "norm" in names[id(p)] or "bias" in names[id(p)] for p in decayed["params"])
+    assert not any(
+        "bn" in names[id(p)] or "norm" in names[id(p)] or "bias" in names[id(p)]
+        for p in decayed["params"]
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(decayed["params"]) + len(free["params"]) == len(trained)
 
@@ -93,11 +121,15 @@ def test_every_sample_once_an_epoch_in_an_order_of_seed_and_epoch():
 
 def rows_without_speed(run):
     with open(run / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k != "images_per_second"}
+            for row in csv.DictReader(file)
+        ]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("stop_after", [4, 6])             # in the middle and, with 4 or 2 steps an epoch, at the end of an epoch
+# in the middle and, with 4 or 2 steps an epoch, at the end of an epoch
+@pytest.mark.parametrize("stop_after", [4, 6])
 def test_resumed_run_is_bit_identical(mode, stop_after, photos, tmp_path, monkeypatch, capsys):
     stop_after = min(stop_after, 4) if mode == "rotation" else stop_after
     assert train.main(command(mode, photos, tmp_path, "--name", "straight")) == 0
@@ -107,7 +139,8 @@ def test_resumed_run_is_bit_identical(mode, stop_after, photos, tmp_path, monkey
     def interrupted(views, config, step, epoch_steps):
         steps.append(step)
         if len(steps) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)            # the step at hand is finished, saved, and the run leaves
+            # the step at hand is finished, saved, and the run leaves
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(views, config, step, epoch_steps)
 
     monkeypatch.setattr(train, "next_batch", interrupted)
@@ -117,31 +150,74 @@ def test_resumed_run_is_bit_identical(mode, stop_after, photos, tmp_path, monkey
     assert train.main(command(mode, photos, tmp_path, "--name", "resumed", "--resume")) == 0
     straight, resumed = (tmp_path / "runs" / name for name in ("straight", "resumed"))
     a, b = (load_checkpoint(run / "last.pt") for run in (straight, resumed))
-    assert a["step"] == b["step"] and same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    assert (
+        a["step"] == b["step"]
+        and same(a["model"], b["model"])
+        and same(a["optimizer"], b["optimizer"])
+    )
     assert rows_without_speed(straight) == rows_without_speed(resumed)
 
 
 def test_another_seed_is_another_run(photos, tmp_path):
     for seed in ("0", "1"):
-        assert train.main(command("saccade", photos, tmp_path, "--name", seed, "--seed", seed, "--epochs", "1", "--warmup-epochs", "0")) == 0
+        assert (
+            train.main(
+                command(
+                    "saccade",
+                    photos,
+                    tmp_path,
+                    "--name",
+                    seed,
+                    "--seed",
+                    seed,
+                    "--epochs",
+                    "1",
+                    "--warmup-epochs",
+                    "0",
+                )
+            )
+            == 0
+        )
     a, b = (load_checkpoint(tmp_path / "runs" / seed / "last.pt")["model"] for seed in ("0", "1"))
     assert not same(a, b)
 
 
-@pytest.mark.parametrize("mode, conditions", [("saccade", ["none"]), ("augment", ["crop", "jitter", "blur", "none"]),
-                                              ("rotation", ["color", "rotation+color", "none"])])
+@pytest.mark.parametrize(
+    "mode, conditions",
+    [
+        ("saccade", ["none"]),
+        ("augment", ["crop", "jitter", "blur", "none"]),
+        ("rotation", ["color", "rotation+color", "none"]),
+    ],
+)
 def test_every_condition_trains(mode, conditions, photos, tmp_path):
     for condition in conditions:
-        assert train.main(command(mode, photos, tmp_path, "--condition", condition, "--epochs", "1")) == 0
+        assert (
+            train.main(command(mode, photos, tmp_path, "--condition", condition, "--epochs", "1"))
+            == 0
+        )
 
 
-@pytest.mark.parametrize("flags", [["--views", "1"], ["--action-in", "predictor"], ["--action-embed", "raw"], ["--action-embed", "noise"],
-                                   ["--no-ior"], ["--saliency", "uniform"], ["--z-norm"], ["--stem", "imagenet"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--views", "1"],
+        ["--action-in", "predictor"],
+        ["--action-embed", "raw"],
+        ["--action-embed", "noise"],
+        ["--no-ior"],
+        ["--saliency", "uniform"],
+        ["--z-norm"],
+        ["--stem", "imagenet"],
+    ],
+)
 def test_ablations_train(flags, photos, tmp_path):
     assert train.main(command("saccade", photos, tmp_path, *flags, "--epochs", "1")) == 0
 
 
-def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(photos, tmp_path, monkeypatch, capsys):
+def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(
+    photos, tmp_path, monkeypatch, capsys
+):
     original = train.next_batch
 
     def poisoned(views, config, step, epoch_steps):
@@ -153,43 +229,92 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(photos, tmp_p
     assert train.main(command("saccade", photos, tmp_path, "--name", "r")) == 2
     message = capsys.readouterr().err
     lr = lr_at(5, steps=12, warmup=4, start=1e-5, peak=4e-4, end=1e-5)
-    assert f"not finite at step 5 (learning rate {lr:.2g}); {tmp_path / 'runs' / 'r' / 'last.pt'}, from before it, is kept" in message
+    assert (
+        f"not finite at step 5 (learning rate {lr:.2g}); "
+        f"{tmp_path / 'runs' / 'r' / 'last.pt'}, from before it, is kept"
+        in message
+    )
     checkpoint = load_checkpoint(tmp_path / "runs" / "r" / "last.pt")
     assert checkpoint["step"] == 5 and all(v.isfinite().all() for v in checkpoint["model"].values())
 
 
 @pytest.mark.parametrize("where", [torch.nn.Module, torch], ids=["model", "views"])
-def test_compile_failure_is_one_line_and_the_run_goes_on(where, photos, tmp_path, monkeypatch, capsys):
+def test_compile_failure_is_one_line_and_the_run_goes_on(
+    where, photos, tmp_path, monkeypatch, capsys
+):
     def broken(*args):
         raise RuntimeError("no compiler\nand more")
 
-    compiled = (lambda f: broken) if where is torch else broken     # torch.compile itself succeeds; calling what it returns fails
+    # torch.compile itself succeeds; calling what it returns fails
+    compiled = (lambda f: broken) if where is torch else broken
     monkeypatch.setattr(where, "compile", compiled)
     if where is torch:
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     assert train.main(command("saccade", photos, tmp_path, "--compile", "--epochs", "1")) == 0
-    assert capsys.readouterr().out.count("torch.compile failed (RuntimeError: no compiler), running eager") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "torch.compile failed (RuntimeError: no compiler), running eager"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("mode", ["saccade", "regions"])
 def test_compiled_runs_train(mode, photos, tmp_path, monkeypatch, capsys):
     """Everything that --compile does but code generation, which takes minutes on a CPU."""
-    monkeypatch.setattr(loop, "compile_all", functools.partial(loop.compile_all, backend="aot_eager"))
+    monkeypatch.setattr(
+        loop, "compile_all", functools.partial(loop.compile_all, backend="aot_eager")
+    )
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile(self, backend="aot_eager")
+    )
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     around_probes, online = [], train.online
-    monkeypatch.setattr(train, "online", lambda *args, **kwargs: [around_probes.append(graphs["unique_graphs"]), online(*args, **kwargs),
-                                                                  around_probes.append(graphs["unique_graphs"])][1])
+    monkeypatch.setattr(
+        train,
+        "online",
+        lambda *args, **kwargs: [
+            around_probes.append(graphs["unique_graphs"]),
+            online(*args, **kwargs),
+            around_probes.append(graphs["unique_graphs"]),
+        ][1],
+    )
     for name, flag in (("eager", "--no-compile"), ("compiled", "--compile")):
-        assert train.main(command(mode, photos, tmp_path, "--name", name, flag, "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-6",
-                                  "--probe-every", "1")) == 0
+        assert (
+            train.main(
+                command(
+                    mode,
+                    photos,
+                    tmp_path,
+                    "--name",
+                    name,
+                    flag,
+                    "--epochs",
+                    "1",
+                    "--warmup-epochs",
+                    "0",
+                    "--lr",
+                    "1e-6",
+                    "--probe-every",
+                    "1",
+                )
+            )
+            == 0
+        )
     assert "failed" not in capsys.readouterr().out and graphs["unique_graphs"] > 0
-    assert around_probes[0] == around_probes[1] < around_probes[2] == around_probes[3]             # probes compile nothing
-    eager, compiled = (float(rows_without_speed(tmp_path / "runs" / name)[0]["loss"]) for name in ("eager", "compiled"))
+    # probes compile nothing
+    assert around_probes[0] == around_probes[1] < around_probes[2] == around_probes[3]
+    eager, compiled = (
+        float(rows_without_speed(tmp_path / "runs" / name)[0]["loss"])
+        for name in ("eager", "compiled")
+    )
     assert compiled == pytest.approx(eager, abs=1e-3)
-    assert not any("_orig_mod" in k for k in load_checkpoint(tmp_path / "runs" / "compiled" / "last.pt")["model"])
+    assert not any(
+        "_orig_mod" in k
+        for k in load_checkpoint(tmp_path / "runs" / "compiled" / "last.pt")["model"]
+    )
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -202,7 +327,10 @@ def test_compiled_runs_train(mode, photos, tmp_path, monkeypatch, capsys):
 def test_bad_input_is_one_line_status_2_and_no_run_folder(flags, words, photos, tmp_path, capsys):
     assert train.main(command("saccade", photos, tmp_path, *flags)) == 2
     error = capsys.readouterr().err
-    assert words in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    assert (
+        words in error
+        and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -210,19 +338,39 @@ def test_the_commands_users_type(photos, tmp_path):
     """python train.py ... && python evaluate.py ..., as separate processes."""
     run = tmp_path / "runs" / "r"
     flags = command("saccade", photos, tmp_path, "--name", "r")
-    for line in ([str(ROOT / "train.py"), *flags], [str(ROOT / "evaluate.py"), str(run / "last.pt"), "--probe-epochs", "2", "--figures"]):
+    for line in (
+        [str(ROOT / "train.py"), *flags],
+        [str(ROOT / "evaluate.py"), str(run / "last.pt"), "--probe-epochs", "2", "--figures"],
+    ):
         done = subprocess.run([sys.executable, *line], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "untrained" in done.stdout and "z_agg M=4" in done.stdout
-    expected = {"config.json", "metrics.csv", "curves.png", "last.pt", "encoder.pt", "probes.json", "views.png"}
+    expected = {
+        "config.json",
+        "metrics.csv",
+        "curves.png",
+        "last.pt",
+        "encoder.pt",
+        "probes.json",
+        "views.png",
+    }
     assert expected <= {p.name for p in run.iterdir()}
-    again = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.startswith("error: ") and "exists already" in again.stderr
+    again = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True
+    )
+    assert (
+        again.returncode == 2
+        and again.stderr.startswith("error: ")
+        and "exists already" in again.stderr
+    )
 
 
 def test_collapse_is_said_once_and_health_is_not(photos, tmp_path, monkeypatch, capsys):
-    """An encoder that answers the same to everything triggers the warning; an ordinary run does not."""
-    assert train.main(command("saccade", photos, tmp_path, "--name", "healthy", "--epochs", "2")) == 0
+    """An encoder that answers the same to everything triggers the warning; an ordinary run does
+    not."""
+    assert (
+        train.main(command("saccade", photos, tmp_path, "--name", "healthy", "--epochs", "2")) == 0
+    )
     assert "collapsed" not in "".join(capsys.readouterr())
     forward = train.build_model
 
@@ -232,7 +380,22 @@ def test_collapse_is_said_once_and_health_is_not(photos, tmp_path, monkeypatch, 
         return model
 
     monkeypatch.setattr(train, "build_model", constant)
-    assert train.main(command("saccade", photos, tmp_path, "--name", "collapsed", "--epochs", "1", "--warmup-epochs", "0")) == 0
+    assert (
+        train.main(
+            command(
+                "saccade",
+                photos,
+                tmp_path,
+                "--name",
+                "collapsed",
+                "--epochs",
+                "1",
+                "--warmup-epochs",
+                "0",
+            )
+        )
+        == 0
+    )
     assert "".join(capsys.readouterr()).count("warning: z has collapsed at epoch 1") == 1
 
 
@@ -240,7 +403,9 @@ def test_online_probes_fill_their_columns_and_leave_training_alone(photos, tmp_p
     for name, flags in (("plain", []), ("probed", ["--probe-every", "2"])):
         assert train.main(command("saccade", photos, tmp_path, "--name", name, *flags)) == 0
     plain, probed = (tmp_path / "runs" / name for name in ("plain", "probed"))
-    assert same(load_checkpoint(plain / "last.pt")["model"], load_checkpoint(probed / "last.pt")["model"])
+    assert same(
+        load_checkpoint(plain / "last.pt")["model"], load_checkpoint(probed / "last.pt")["model"]
+    )
     knn = [float(row["knn_z"]) for row in rows_without_speed(probed)]
     assert [math.isnan(v) for v in knn] == [True, False, True] and 0 <= knn[1] <= 100
     assert all(math.isnan(float(row["action_r2"])) for row in rows_without_speed(plain))
