@@ -85,10 +85,18 @@ def _tell(session, store, deaf):
         time.sleep(0.01)
 
 
+_left = []                                  # groups of processes that were left
+
+
 def finish():
-    """Leave the other ranks in good order."""
+    """Leave the other ranks in good order.
+
+    The group itself is kept until the process ends. To free it, torch 2.6 waits for gloo's threads
+    while holding the interpreter's lock, which a thread that just gathered may be waiting for."""
     if world_size() > 1:
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
+
 
 
 def own_device(device):
