@@ -85,18 +85,13 @@ def _tell(session, store, deaf):
         time.sleep(0.01)
 
 
-_left = []                                  # groups of processes that were left
-
-
 def finish():
-    """Leave the other ranks in good order.
-
-    The group itself is kept until the process ends. To free it, torch 2.6 waits for gloo's threads
-    while holding the interpreter's lock, which a thread that just gathered may be waiting for."""
+    """Leave the other ranks in good order."""
     if world_size() > 1:
-        _left.append(dist.group.WORLD)
+        # Torch 2.6 waits for gloo's threads while it holds the interpreter's lock, which a thread
+        # that has just gathered needs to free a tensor: the pause lets it have it.
+        time.sleep(0.5)
         dist.destroy_process_group()
-
 
 
 def own_device(device):
