@@ -221,7 +221,9 @@ class RegionJEPA(nn.Module):
         return tokens, h, saliency
 
     def gradient_saliency(self, batch, h):
-        """Eq. 8: Grad-CAM of the prediction loss with random blocks, on its targets h."""
+        """Eq. 8: Grad-CAM of the prediction loss with random blocks, on its targets h.
+
+        The paper takes the last block's tokens; h are these, layer-normalised."""
         plan = sequential(batch.actions[:, 0], self.plan.N)
         z_hat, index = self.predict(batch.views[:, 0], plan)
         with torch.enable_grad():
@@ -245,7 +247,8 @@ class RegionJEPA(nn.Module):
         place = predictor_layout.order % rank.shape[1]          # of each packed token
         masks = indices_where(place >= seen.shape[1], n)        # those that are mask tokens
         torch._dynamo.maybe_mark_dynamic(masks, 0)              # compile for any n, as in `arrange`
-        index = indices_where(wanted, n)                        # the same tokens in the same order
+        # Both lists go row by row and patch by patch: z_hat[i] is of the patch that index[i] names.
+        index = indices_where(wanted, n)
 
         context = self.encoder(images, encoder_layout, self.copies)[-1]
         z_hat = self.predictor(context, encoder_layout.order, seen.shape, predictor_layout, masks)

@@ -27,21 +27,24 @@ AHEAD = 2       # batches a Store may hold: the one at hand and the next
 class Batch(NamedTuple):
     """A mode's answer to a batch of sample indices, all on the device.
 
-    Mode `regions` has other actions and params: regions.py."""
+    In mode `regions`, whose samples are no sequences, `actions` are random blocks and `params` a
+    coin: see regions.py."""
     views: torch.Tensor     # (B, M+1, 3, H, W) float32, normalised; the last is to be predicted
     actions: torch.Tensor   # (B, M, A): actions[:, i] takes view i to view i+1 and depends on
                             # these two alone
     params: torch.Tensor    # (B, M+1, P): each view's own parameters, for probes only
     labels: torch.Tensor    # (B,) int64, -1 where unknown
-    progress: torch.Tensor = None   # scalar from 0 to 1, how much of the training is done:
-                                    # for curricula
+    progress: torch.Tensor = None   # scalar from 0 to 1, how much of the training is done; set by
+                                    # plumbing.loop.next_batch, for DSeq-JEPA's curriculum
 
 
 class Views:
     """A mode: what a view is, and what an action.
 
-    `views = Views(split, config, device)` for each split. This is all that the rest of the code
-    asks of a mode; a new one writes the first two and overrides what differs.
+    `views = Views(split, config, device)` for each split: in the code `views` is such an object,
+    `batch.views` are tensors, and `config.views` is M. A new mode writes `__call__` and `to_views`
+    and overrides what differs; `normalise` and `labels_of` below help. Draw with torch's global
+    generator and never seed it: the loop does, at every step.
 
         views(index, M) -> Batch    M+1 views of each sample; index (B,) int64 on the CPU
         to_views(pixels, ...)       the work on pixels alone, without randomness, which
@@ -50,8 +53,11 @@ class Views:
                                     apart, given their params (..., P)
         clean(index)                what z is probed on for its class, (B, 3, S, S);
                                     None: the first view
-        prefetch(index, M)          be told, under the same seed, that views(index, M) comes soon
-        len(views), labels, classes, device, mean, std
+        prefetch(index, M)          be told that views(index, M) comes soon, under the seed that it
+                                    will come under: draw in the same order
+        len(views), labels, classes, device, mean, std, images
+
+    Probes and figures that only one mode has may ask it for more (Rotations.all_views).
 
     and, known before any image is read:"""
 
@@ -174,7 +180,7 @@ class Store:
         if self.reader is None:
             self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="Store")
         rows = self.reader.submit(self._gather, index)
-        self.waiting = self.waiting[1 - AHEAD:] + [(index, rows)]
+        self.waiting = self.waiting[-(AHEAD - 1):] + [(index, rows)]
 
     def _gather(self, index):
         """Rows (B, ...) on the CPU.

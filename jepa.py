@@ -28,8 +28,9 @@ from torch import nn
 class Output(NamedTuple):
     """What a method returns for a batch."""
     loss: torch.Tensor      # scalar
-    z: torch.Tensor         # (B, M, D) of the observed views; of a ViT, (B, P, D) patch tokens
-    z_agg: torch.Tensor     # (B, D+E); of a ViT, (B, D) their mean
+    z: torch.Tensor         # (B, M, D) of the observed views
+    z_agg: torch.Tensor     # (B, D+E); of region methods, z is the target encoder's patch tokens
+                            # (B, P, D) and z_agg their mean (B, D): both are watched for collapse
     logs: dict              # {name: scalar tensor}: averaged over an epoch, then in metrics.csv
 
 

@@ -1,4 +1,4 @@
-"""Rotations (seq-JEPA Secs. 4.1, A.1): one object in several poses, and the turns between them.
+"""Rotations (seq-JEPA Secs. 2.3, A.1): one object in several poses, and the turns between them.
 
     angles (..., 3) extrinsic xyz, radians  ->  quaternion q (..., 4) = (x, y, z, w), unit length
     index (B,)  ->  M+1 distinct views (B, M+1, 3, S, S) of each object, actions (B, M, 6)

@@ -51,6 +51,7 @@ def sample_fixations(saliency, count, patch_size, ior=True, generator=None):
         column = _draw(torch.where(any_left, mass[batch, row][:, 0], 1.0), generator)
         fixations.append(torch.cat([row, column], dim=1))
         if ior and k + 1 < count:
+            # Rows beyond the border become the border's own, which lies in the square anyway.
             rows = (row + offsets).clamp(0, H - 1)                                       # (B, p)
             from_left = columns - (column + offsets[0])                                  # (B, W)
             outside = (from_left < 0) | (from_left >= patch_size)
@@ -61,7 +62,7 @@ def sample_fixations(saliency, count, patch_size, ior=True, generator=None):
 
 
 def crop_patches(images, fixations, patch_size, mean, std):
-    """Integer crops around fixations, normalised, zero beyond the border.
+    """Integer crops around fixations, normalised; zero, that is mean grey, beyond the border.
 
     images (B, 3, H, W) uint8, fixations (B, K, 2), mean and std (3,) of pixels in [0, 1]
     ->  (B, K, 3, p, p) float32.  Rows are copied whole, then columns are picked from them."""
@@ -70,6 +71,7 @@ def crop_patches(images, fixations, patch_size, mean, std):
     p = patch_size
     window = fixations[..., None] + torch.arange(p, device=images.device) - p // 2
     rows, columns = window.unbind(2)                    # (B, K, p) each, may lie outside
+    # The rows of all images and channels as one list: a plane's first row, plus a row within it.
     plane = torch.arange(B * C, device=images.device).view(B, C, 1, 1) * H
     picked = (plane + rows.clamp(0, H - 1).view(B, 1, K, p)).flatten()
     strips = images.reshape(B * C * H, W).index_select(0, picked).view(B, C, K, p, W)

@@ -1,4 +1,4 @@
-"""3DIEBench (Garrido et al., 2023; seq-JEPA Sec. 4.1, A.1): packed once, trained from the pack.
+"""3DIEBench (Garrido et al., 2023; seq-JEPA Sec. 2.3, A.1): packed once, trained from the pack.
 
     ROOT/<synset>/<object>/image_{0..49}.jpg     256 px renders
     ROOT/<synset>/<object>/latent_{0..49}.npy    (7,) rotation x, y, z; floor hue;
