@@ -163,8 +163,11 @@ def _size(key):
 
 
 def in_words(size):
-    """A number of bytes as "3.2 GB" or "45 MB"."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    """A number of bytes as "3.2 GB", "45.0 MB" or "1.5 kB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def cache_path(config, what):

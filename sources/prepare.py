@@ -74,6 +74,17 @@ def inside(folder, name, listing):
     return folder / path
 
 
+def require_listed(files, folder, listing):
+    """Raises: BadInput, naming the first, if not all of the files lie in `folder`.
+
+    One look into the folder, which for many files is quicker than a look at each."""
+    require(folder, "expected a folder of images; fetch the data set again")
+    there = set(os.listdir(folder))
+    for file in files:
+        if file.name not in there:
+            raise BadInput(f"{file}: not found, but listed in {listing}; fetch the data set again")
+
+
 def choose(labels, limit):
     """Indices of at most `limit` samples, as many of each class as possible, seeded.  0 = all."""
     if not limit or limit >= len(labels):
@@ -238,7 +249,7 @@ def rgb(image):
     Grey of 16 bits keeps its upper 8, as Pillow does with colours of 16 bits. Transparency is
     dropped, CMYK converted without a profile, both as torchvision does. EXIF's word on how the
     camera was held is followed, which torchvision does not.
-    Raises: ValueError for numbers without a known white, too many pixels, or a mere line of them."""
+    Raises: ValueError for numbers without a known white, for a mere line of pixels."""
     width, height = image.size
     if max(width, height) > NARROWEST * min(width, height):
         raise ValueError(f"{width} x {height} pixels, more than {NARROWEST} times as long as wide")

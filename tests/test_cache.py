@@ -286,7 +286,7 @@ def test_room_is_taken_before_rows_are_written_so_that_a_full_disk_is_one_line(p
     maker = Maker()
     with pytest.raises(
         BadInput,
-        match=r"x.npy: no room for .* GB \(No space left on device\); "
+        match=r"x.npy: no room for 0.0 kB \(No space left on device\); "
               r"make room or choose another --data-dir",
     ):
         get(path, maker)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import datasets as D
 import images as images_module
@@ -198,14 +199,14 @@ def test_stl10_resized_like_pil_and_cached(stl10, size, monkeypatch):
     original, config = pixels(D.load(stl10, "train")), replace(stl10, image_size=size)
     resized = pixels(D.load(config, "train"))
     assert_close(resized, [pil_resize(image, size) for image in original])
-    monkeypatch.setattr(prepare.TF, "resize", raiser(AssertionError("resized again")))
+    monkeypatch.setattr(TF, "resize", raiser(AssertionError("resized again")))
     np.testing.assert_array_equal(pixels(D.load(config, "train")), resized)
 
 
 def test_stl10_pretrain_and_train_share_one_cache(stl10, monkeypatch):
     config = replace(stl10, image_size=32)
     pretrain = D.load(config, "pretrain")
-    monkeypatch.setattr(prepare.TF, "resize", raiser(AssertionError("resized again")))
+    monkeypatch.setattr(TF, "resize", raiser(AssertionError("resized again")))
     train = D.load(config, "train")
     np.testing.assert_array_equal(pixels(train), pretrain.parts[1].images)
     assert train.source == pretrain.source              # so that saliency maps are shared, too
