@@ -3,9 +3,10 @@
     views = build_views(config, "train", device)     index (B,), M  ->  Batch       images.Views
     model = build_model(config, views.groups)        Batch          ->  Output      jepa.Output
 """
+import saliency
 from aggregator import Aggregator
 from config import MODES
-from datasets import load
+from datasets import load, part_names
 from dseq_jepa import VICREG_WEIGHT, Discriminative, MultiBlock, RegionJEPA
 from encoder import ResNet18, ViT
 from jepa import ActionEmbedding, SeqJEPA
@@ -16,7 +17,10 @@ from predictor import Predictor, RegionPredictor
 
 def build_views(config, split, device):
     """The mode's view sampler over one split ("pretrain", "train" or "val")."""
-    return MODES[config.mode](load(config, split), config, device)
+    mode = MODES[config.mode]
+    if "saliency" in mode.reads:
+        saliency.check(config, part_names(config, split))
+    return mode(load(config, split), config, device)
 
 
 def build_model(config, groups):

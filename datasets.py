@@ -6,22 +6,24 @@ Splits: `pretrain` is what the model learns from, `train` and `val` are for the 
 only on STL-10, whose 100,000 unlabelled images join its training images in `pretrain`.
 A data set is a reader, (config, split) -> prepare.Reading, and a row in the two tables at the end.
 Large files are memory-mapped. What must be decoded, resized or rendered is made once, and kept
-under DATA_DIR/.cache (prepare.py).
-Checked in tests/test_datasets.py.
+under DATA_DIR/.cache (prepare.py). Each reader also looks, without decoding, at the validation
+split, so that training says at its start what evaluation would stumble over.
+torchvision is imported where it is used: it takes a second, and a mistyped flag is refused before.
+Checked in tests/test_datasets.py; bad files in tests/test_hostile_data.py.
 """
 import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 from images import Part, Split
 from plumbing.cache import cache_path, cached
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from sources import prepare, shapes, solids
 from sources.clevr import CLASSES as CLEVR_CLASSES
 from sources.clevr import clevr_files
+from sources.folders import class_of, classes_of, split_folders
 from sources.prepare import SPLIT_SEED, Reading
 from sources.threediebench import read_3diebench
 
@@ -31,9 +33,22 @@ def load(config, split):
 
     split: "pretrain", "train" or "val".
     Raises: BadInput, naming the file or folder, for anything missing, truncated or unreadable."""
+    root = Path(config.data_dir)
+    if root.exists() and not root.is_dir():
+        raise BadInput(f"--data-dir {root}: not a folder")
     found = READERS[config.dataset](config, split)
+    if len(found.classes) == 1 and split != "val":
+        print(f"note: {printable(root)} has a single class: to tell classes apart means nothing")
+    classes = [printable(name) for name in found.classes]
     mean, std = STATISTICS[config.dataset]
-    return Split(found.parts, found.labels, found.classes, mean, std, found.source, found.latents)
+    return Split(found.parts, found.labels, classes, mean, std, found.source, found.latents)
+
+
+def part_names(config, split):
+    """Names of the parts that load(config, split) will return, before it is called."""
+    if config.dataset == "stl10":
+        return STL10_FILES[split]
+    return ("val",) if split == "val" else ("train",)
 
 
 # ---------------------------------------------------------------- STL-10
@@ -51,29 +66,44 @@ def read_stl10(config, split):
     --limit N takes N images of each file."""
     folder = Path(config.data_dir) / "stl10_binary"
     if not folder.exists() and config.download:
+        import torchvision
         _download(torchvision.datasets.STL10, config.data_dir, split="train")
     # All files, not only those of this split: so `pretrain` and `train` share caches.
     stamps = {file.name: _stamp(file) for file in sorted(folder.glob("*.bin"))}
     source = dict(dataset="stl10", limit=config.limit, size=config.image_size, files=stamps)
     parts = []
     labels = []
+    _stl10_file(folder, "test")
     for name in STL10_FILES[split]:
-        x = _stl10_images(folder / f"{name}_X.bin")
-        if name == "unlabeled":
-            y = np.full(len(x), -1)
-        else:
-            y = _stl10_labels(folder / f"{name}_y.bin", len(x))
+        x, y = _stl10_file(folder, name)
         part, part_labels = prepare.limited(x, y, name, source, config)
         parts.append(part)
         labels.append(part_labels)
-    names = folder / "class_names.txt"
-    classes = names.read_text().split() if names.exists() else STL10_CLASSES
-    return Reading(parts, np.concatenate(labels), classes, source)
+    return Reading(parts, np.concatenate(labels), _stl10_classes(folder), source)
+
+
+def _stl10_classes(folder):
+    path = folder / "class_names.txt"
+    if not path.exists():
+        return STL10_CLASSES
+    classes = prepare.read_text(path, "fetch STL-10 again").split()
+    if len(classes) != len(STL10_CLASSES):
+        raise BadInput(f"{path}: {len(classes)} names, expected {len(STL10_CLASSES)}; delete it "
+                       "or fetch STL-10 again")
+    return classes
+
+
+def _stl10_file(folder, name):
+    """Images (n, 3, 96, 96) of one file, and their labels (n,), -1 where there are none."""
+    x = _stl10_images(folder / f"{name}_X.bin")
+    if name == "unlabeled":
+        return x, np.full(len(x), -1)
+    return x, _stl10_labels(folder / f"{name}_y.bin", len(x))
 
 
 def _stl10_images(path):
-    prepare.require(path, "STL-10's binary version lies in DATA_DIR/stl10_binary; "
-                          "fix --data-dir or allow --download")
+    prepare.require_file(path, "STL-10's binary version lies in DATA_DIR/stl10_binary; "
+                               "fix --data-dir or allow --download")
     size = path.stat().st_size
     if size == 0 or size % STL10_BYTES:
         raise BadInput(f"{path}: {size:,} bytes is not a whole number of 96x96 images "
@@ -83,7 +113,7 @@ def _stl10_images(path):
 
 
 def _stl10_labels(path, count):
-    prepare.require(path, "it belongs beside the images of the same split; fetch STL-10 again")
+    prepare.require_file(path, "it belongs beside the images of the same split; fetch STL-10 again")
     y = np.fromfile(path, np.uint8).astype(np.int64) - 1    # stored as 1 to 10
     if len(y) != count:
         raise BadInput(f"{path}: {len(y):,} labels for {count:,} images; fetch STL-10 again")
@@ -95,12 +125,11 @@ def _stl10_labels(path, count):
 
 # ---------------------------------------------------------------- CIFAR
 
-CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-
-
 def read_cifar(config, split):
     """CIFAR-10 and -100 through torchvision's readers, which verify checksums."""
-    reader = CIFAR[config.dataset]
+    import torchvision
+    readers = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    reader = readers[config.dataset]
     name = "val" if split == "val" else "train"
     try:
         data = reader(config.data_dir, train=name == "train")
@@ -119,41 +148,37 @@ def read_cifar(config, split):
 # ---------------------------------------------------------------- image files
 
 def read_folder(config, split):
-    """DIR/{train,val}/<class>/*, or DIR/<class>/* with a seeded 90/10 split."""
+    """DIR/train/<class>/* and DIR/val/<class>/*, or DIR/<class>/* with a seeded 90/10 split.
+
+    `val` may also be called valid, validation or, where there is none of these, test."""
     root = Path(config.data_dir)
     name = "val" if split == "val" else "train"
     prepare.require(root, f"--dataset {config.dataset} reads images from --data-dir")
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        top = root / name
-        classes = _classes(prepare.image_files(root / "train"), root / "train")
-        files = prepare.image_files(top)
+    found = split_folders(root)
+    if found:
+        train, val = found
+        top = {"train": train, "val": val}[name]
+        of_train = prepare.image_files(train)
+        of_val = prepare.image_files(val)
+        classes = classes_of(of_train, train)
+        unknown = sorted(set(classes_of(of_val, val)) - set(classes))
+        if unknown:
+            raise BadInput(f"{val / unknown[0]}: no such class in {train}; "
+                           "both folders must name the same classes")
+        files = of_val if name == "val" else of_train
     else:
         top = root
         everything = prepare.image_files(root)
-        classes = _classes(everything, root)
+        classes = classes_of(everything, root)
+        if len(everything) < 2:
+            raise BadInput(f"{root}: a single image cannot be split into train and val; add more")
         # A tenth is held out for val, at least one image, and always the same ones.
         order = np.random.default_rng(SPLIT_SEED).permutation(len(everything))
         held_out = order < max(1, len(everything) // 10)
         wanted = held_out if name == "val" else ~held_out
         files = [file for file, keep in zip(everything, wanted) if keep]
-        if not files:
-            raise BadInput(f"{root}: a single image cannot be split into train and val; add more")
-    names = [_class_of(file, top) for file in files]
-    unknown = sorted(set(names) - set(classes))
-    if unknown:
-        raise BadInput(f"{top / unknown[0]}: no such class in {root / 'train'}; "
-                       "both folders must name the same classes")
+    names = [class_of(file, top) for file in files]
     return prepare.decoded(files, _numbers(names, classes), classes, config, name)
-
-
-def _class_of(file, root):
-    """First folder below root; images that lie in root itself form one class."""
-    parts = file.relative_to(root).parts
-    return parts[0] if len(parts) > 1 else ""
-
-
-def _classes(files, root):
-    return sorted({_class_of(file, root) for file in files})
 
 
 def _numbers(names, classes):
@@ -167,39 +192,46 @@ def read_tiny_imagenet(config, split):
     root = Path(config.data_dir) / "tiny-imagenet-200"
     prepare.require(root, "unpack tiny-imagenet-200.zip into --data-dir")
     listing = root / "wnids.txt"
-    prepare.require(listing, "Tiny ImageNet lists its 200 classes there; unpack it again")
-    classes = sorted(listing.read_text().split())
-    if split == "val":
-        files, names = _tiny_imagenet_val(root / "val")
-    else:
+    classes = sorted(set(prepare.read_text(listing, "Tiny ImageNet lists its 200 classes there; "
+                                                    "unpack it again").split()))
+    if not classes:
+        raise BadInput(f"{listing}: empty, expected 200 classes; unpack Tiny ImageNet again")
+    files, names = _tiny_imagenet_val(root / "val", classes)
+    if split != "val":
         files = []
         names = []
         for wnid in classes:
-            of_class = prepare.image_files(root / "train" / wnid)
+            of_class = prepare.image_files(prepare.inside(root / "train", wnid, listing))
             files += of_class
             names += [wnid] * len(of_class)
-    unknown = sorted(set(names) - set(classes))
-    if unknown:
-        raise BadInput(f"{root}: class {unknown[0]} is not in wnids.txt; "
-                       "unpack Tiny ImageNet again")
     name = "val" if split == "val" else "train"
     return prepare.decoded(files, _numbers(names, classes), classes, config, name)
 
 
-def _tiny_imagenet_val(folder):
+def _tiny_imagenet_val(folder, classes):
     """Validation images and, for each, the wnid of its class."""
     listing = folder / "val_annotations.txt"
-    prepare.require(listing, "it names the class of each validation image; unpack it again")
-    lines = [line.split() for line in listing.read_text().splitlines()]
+    text = prepare.read_text(listing, "it names the class of each validation image; "
+                                      "unpack Tiny ImageNet again")
+    lines = [line.split() for line in text.splitlines()]
     if not lines or min(map(len, lines)) < 2:
         raise BadInput(f"{listing}: expected an image and its class on every line; unpack it again")
-    return [folder / "images" / line[0] for line in lines], [line[1] for line in lines]
+    unknown = sorted({line[1] for line in lines} - set(classes))
+    if unknown:
+        raise BadInput(f"{listing}: class {unknown[0]} is not in wnids.txt; "
+                       "unpack Tiny ImageNet again")
+    files = [prepare.inside(folder / "images", line[0], listing) for line in lines]
+    prepare.require_listed(files, folder / "images", listing)
+    return files, [line[1] for line in lines]
 
 
 def read_clevr(config, split):
     """CLEVR's images with one of its two labellings; `val` is its validation split."""
     name = "val" if split == "val" else "train"
-    files, labels = clevr_files(config.data_dir, config.dataset, name)
+    files, labels = clevr_files(config.data_dir, config.dataset, "val")
+    prepare.require_listed(files, files[0].parent, "CLEVR_val_scenes.json")
+    if name == "train":
+        files, labels = clevr_files(config.data_dir, config.dataset, name)
     return prepare.decoded(files, labels, CLEVR_CLASSES[config.dataset], config, name)
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from plumbing.cache import cache_path, cached, open_array
 from plumbing.errors import BadInput
+from sources.saliency_files import first_look, published
 
 SIGNATURE_SIZE = 64           # Hou et al. work on a thumbnail of about 64 x 48
 SIGNATURE_BLUR = 0.05         # of the image side; their best setting is 0.045 of the width
@@ -37,6 +38,20 @@ def saliency_maps(source, split, config, device):
     if source in ("signature", "deepgaze"):
         return [_computed(source, part, split, config, device) for part in split.parts]
     return [published(Path(source), part, config.image_size) for part in split.parts]
+
+
+def check(config, names):
+    """Say now, not when all images are decoded, what is wrong with --saliency.
+
+    names: those of the parts whose maps will be asked for.
+    Raises: BadInput if there is no such method, or a folder's maps are absent or look wrong."""
+    source = config.saliency
+    if source == "deepgaze":
+        if not all(cache_path(config, f"{name}-deepgaze").exists() for name in names):
+            _find_deepgaze()
+    elif source not in ("signature", "uniform"):
+        for name in names:
+            first_look(Path(source), name, config.image_size)
 
 
 def _flat(images):
@@ -76,28 +91,6 @@ def _computed(name, part, split, config, device):
     return cached(path, key, (N, S, S), np.float16, fill, what)
 
 
-def published(folder, part, size):
-    """Maps from a file, for the images that part.rows selects: (n, S, S).
-
-    Raises: BadInput if the file is absent, damaged, or of another count or size."""
-    name = f"saliency_{part.name}.npy"
-    path = folder / name
-    if not path.exists():
-        path = folder / part.name / name
-    if not path.exists():
-        raise BadInput(f"--saliency {folder}: expected signature, uniform, deepgaze, "
-                       f"or a folder with {name}")
-    maps = open_array(path)
-    expected = (part.total, size, size)
-    if maps.ndim == 4 and maps.shape[1] == 1:
-        maps = maps[:, 0]
-    if maps.shape != expected or maps.dtype.kind != "f":
-        raise BadInput(f"{path}: maps are {maps.dtype} {maps.shape}, "
-                       f"expected floats {expected} or (N, 1, S, S); "
-                       "they must be one map per image of this data set at --image-size")
-    return maps if part.rows is None else maps[part.rows]
-
-
 def deepgaze(config, device):
     """DeepGaze IIE as a function of images (B, 3, S, S) uint8 -> maps (B, S, S).
 
@@ -105,23 +98,19 @@ def deepgaze(config, device):
     density, any size) if there, else our Gaussian prior.
     Raises: BadInput if the package or its weights are absent."""
     try:
-        from deepgaze_pytorch import DeepGazeIIE
-    except ImportError:
-        raise BadInput("--saliency deepgaze: needs the package deepgaze_pytorch "
-                       "(github.com/matthias-k/DeepGaze); "
-                       "install it or use --saliency signature") from None
-    try:
-        model = DeepGazeIIE(pretrained=True).to(device).eval()
+        model = _find_deepgaze()(pretrained=True).to(device).eval()
     except OSError as error:                            # no network, a moved address, no room
         raise BadInput(f"--saliency deepgaze: could not fetch its weights ({error}); "
                        "see github.com/matthias-k/DeepGaze or use --saliency signature") from None
     n = DEEPGAZE_SIZE
     bias_file = centre_bias_file(config)
     if bias_file.exists():
-        bias = torch.tensor(open_array(bias_file), dtype=torch.float32)[None, None]
-        if bias.dim() != 4:
-            raise BadInput(f"{bias_file}: expected one map (H, W) of log densities, "
-                           f"found shape {tuple(bias.shape[2:])}")
+        bias = open_array(bias_file)
+        number = bias.dtype.kind in "iuf"
+        if bias.ndim != 2 or not number or not bias.size or not np.isfinite(bias).all():
+            raise BadInput(f"{bias_file}: expected one map (H, W) of finite log densities, "
+                           f"found {bias.dtype} of shape {bias.shape}")
+        bias = torch.from_numpy(bias.astype(np.float32))[None, None]
         bias = F.interpolate(bias, size=(n, n), mode="bilinear", align_corners=False)[0, 0]
     else:
         bias = centre_prior(n).log()
@@ -137,6 +126,17 @@ def deepgaze(config, device):
         return maps[:, 0]
 
     return density
+
+
+def _find_deepgaze():
+    """The class of the model."""
+    try:
+        from deepgaze_pytorch import DeepGazeIIE
+    except ImportError:
+        raise BadInput("--saliency deepgaze: needs the package deepgaze_pytorch "
+                       "(github.com/matthias-k/DeepGaze); "
+                       "install it or use --saliency signature") from None
+    return DeepGazeIIE
 
 
 def centre_bias_file(config):

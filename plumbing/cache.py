@@ -12,6 +12,7 @@ on from there.
 """
 import contextlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from plumbing.files import collect_parts, part_of, save_atomically
 
 
@@ -37,7 +38,7 @@ def cached(path, key, shape, dtype, fill, what, resumable=False):
     if _fresh(path, key):
         return open_array(path)
     if path.exists():
-        print(f"{path} does not fit the present data or settings: making it again")
+        print(f"{printable(path)} does not fit the present data or settings: making it again")
     if resumable:
         _make_resumably(path, key, fill, what)
     else:
@@ -73,7 +74,7 @@ def _make_resumably(path, key, fill, what):
         size = _size(key)
         _make_room(path, size * (total - start) // total)
         resumed = f", as this one does from {start:,} of {total:,}" if start else ""
-        print(f"{what}: {size / 1e9:.3g} GB on disk, in {path}. "
+        print(f"{what}: {in_words(size)} on disk, in {printable(path)}. "
               f"May be interrupted: the next run goes on from there{resumed}")
         if not start:
             progress.unlink(missing_ok=True)    # it must not vouch for the empty array to come
@@ -92,12 +93,13 @@ def _rows_done(part, progress, key):
 
     0 if the array is cut short or was meant for another key."""
     try:
-        state = json.loads(progress.read_text())
         array = open_array(part)
-    except (OSError, ValueError, BadInput):
+        state = _read_json(progress)
+        rows = state["rows"]
+        known = state["key"] == key and type(rows) is int and 0 <= rows <= len(array)
+    except (OSError, ValueError, KeyError, TypeError, BadInput):
         return 0
-    same_array = list(array.shape) == key["shape"] and array.dtype.name == key["dtype"]
-    return state["rows"] if same_array and state["key"] == key else 0
+    return rows if known and _as_key_says(array, key) else 0
 
 
 @contextlib.contextmanager
@@ -106,11 +108,11 @@ def _alone(path):
 
     The lock goes with its process, however it ends."""
     import fcntl  # Unix only, so only where it is needed
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
+    with open(path.with_name(path.name + ".lock"), "w+") as lock:     # "w" would wait at a pipe
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{path}: another process is making it; waiting")
+            print(f"{printable(path)}: another process is making it; waiting")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -121,6 +123,16 @@ def _publish(part, path, key):
     key_file.unlink(missing_ok=True)            # at no moment an old key vouches for a new array
     os.replace(part, path)
     _write_json(key_file, key)
+
+
+def _read_json(path):
+    """Raises: OSError or ValueError for what is not a file of JSON."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")      # to open a named pipe would hang
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:                                  # thousands of brackets
+        raise ValueError(f"{path} is not JSON") from None
 
 
 def _write_json(path, value):
@@ -142,12 +154,20 @@ def _reserve(part, path, key):
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         return array
     except OSError as error:
-        raise BadInput(f"{path}: no room for {_size(key) / 1e9:.3g} GB ({error.strerror}); "
+        raise BadInput(f"{path}: no room for {in_words(_size(key))} ({error.strerror}); "
                        "make room or choose another --data-dir") from None
 
 
 def _size(key):
-    return int(np.prod(key["shape"])) * np.dtype(key["dtype"]).itemsize
+    return math.prod(key["shape"]) * np.dtype(key["dtype"]).itemsize
+
+
+def in_words(size):
+    """A number of bytes as "3.2 GB", "45.0 MB" or "1.5 kB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def cache_path(config, what):
@@ -159,9 +179,11 @@ def cache_path(config, what):
 
 def open_array(path):
     """Memory-map an .npy file: copy-on-write, so that torch may wrap it and no file is changed."""
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path}: not a regular file; remove it")    # to open a pipe would hang
     try:
         return np.lib.format.open_memmap(path, mode="c")    # unlike np.load, takes .npy only
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:          # what NumPy raises on damaged headers has no common type
         raise BadInput(f"{path}: not a readable .npy array ({error}); was it cut short? "
                        "Fetch or make it again") from None
 
@@ -169,10 +191,16 @@ def open_array(path):
 def _fresh(path, key):
     """Whether the array at `path` is whole and was made for this key."""
     try:
-        made_for = json.loads(path.with_suffix(".json").read_text())
-        return made_for == key and list(open_array(path).shape) == key["shape"]
+        made_for = _read_json(path.with_suffix(".json"))
+        return made_for == key and _as_key_says(open_array(path), key)
     except (OSError, ValueError, BadInput):
         return False
+
+
+def _as_key_says(array, key):
+    """Whether shape, type and layout are those of the arrays made here."""
+    return (list(array.shape) == key["shape"] and array.dtype == np.dtype(key["dtype"])
+            and array.flags.c_contiguous)
 
 
 def _make_room(path, size):
@@ -183,9 +211,11 @@ def _make_room(path, size):
         free = shutil.disk_usage(path.parent).free
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(f"no permission to write in {path.parent}")
+        if path.is_dir():                                # else noticed when all has been made
+            raise IsADirectoryError(f"{path.name} is a folder")
     except OSError as error:
         raise BadInput(f"{path.parent}: cannot keep prepared data there ({error}); "
                        "choose another --data-dir") from None
     if free < size * 1.05:
-        raise BadInput(f"{path}: needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+        raise BadInput(f"{path}: needs {in_words(size)} and {in_words(free)} are free; "
                        "make room or lower --limit")

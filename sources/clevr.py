@@ -10,11 +10,13 @@
 Checked in tests/test_clevr.py.
 """
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.errors import BadInput
+from sources.prepare import read_text
 
 EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)          # VTAB's, in CLEVR's units
 BINS = [f"{low} to {high}" for low, high in zip(EDGES, EDGES[1:])]
@@ -29,13 +31,13 @@ def clevr_files(data_dir, task, split):
     root = Path(data_dir) / "CLEVR_v1.0"
     scenes = root / "scenes" / f"CLEVR_{split}_scenes.json"
     label_of = _count if task == "clevr-count" else _nearest
+    text = read_text(scenes, "unpack CLEVR_v1.0 into --data-dir")
     try:
-        listed = json.loads(scenes.read_text())["scenes"]
+        listed = json.loads(text)["scenes"]
         files = [root / "images" / split / Path(scene["image_filename"]).name for scene in listed]
         labels = np.array([label_of(scene) for scene in listed], dtype=np.int64)
-    except FileNotFoundError:
-        raise BadInput(f"{scenes}: not found; unpack CLEVR_v1.0 into --data-dir") from None
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError,
+            RecursionError):
         raise BadInput(f"{scenes}: not CLEVR's list of scenes; unpack CLEVR_v1.0 again") from None
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(CLASSES[task]):
         raise BadInput(f"{scenes}: expected scenes of 3 to 10 objects; unpack CLEVR_v1.0 again")
@@ -44,10 +46,20 @@ def clevr_files(data_dir, task, split):
 
 def _count(scene):
     """Label of clevr-count: 0 for three objects."""
-    return len(scene["objects"]) - 3
+    return len(_objects(scene)) - 3
 
 
 def _nearest(scene):
     """Label of clevr-distance: the bin of the nearest object."""
-    distance = min(thing["pixel_coords"][2] for thing in scene["objects"])      # (x, y, distance)
-    return np.searchsorted(EDGES, distance, side="right")
+    distances = [float(thing["pixel_coords"][2]) for thing in _objects(scene)]  # (x, y, distance)
+    if not all(0 < distance < math.inf for distance in distances):              # nor NaN
+        raise ValueError("an object is nowhere")
+    return np.searchsorted(EDGES, min(distances), side="right")
+
+
+def _objects(scene):
+    """The objects of a scene: dictionaries."""
+    things = scene["objects"]
+    if not isinstance(things, list) or not all(isinstance(thing, dict) for thing in things):
+        raise TypeError("expected a list of objects")
+    return things

@@ -3,7 +3,8 @@
     image files, or an array (N, 3, s, s)  ->  images (n, 3, S, S) uint8
     n: what --limit leaves of N.  S: --image-size.  Made once, cached under DATA_DIR/.cache.
 
-Checked in tests/test_datasets.py.
+torchvision is imported where it is used: it takes a second, and a mistyped flag is refused before.
+Checked in tests/test_datasets.py; bad files in tests/test_hostile_data.py.
 """
 import hashlib
 import os
@@ -13,8 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
-from torchvision.transforms.v2 import functional as TF
+from PIL import Image, ImageOps
 
 from images import Part
 from plumbing.cache import cache_path, cached
@@ -24,6 +24,7 @@ SPLIT_SEED = 0      # which images --limit and a folder's 90/10 split choose, wh
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 DECODED_AT_ONCE = 256
 RESIZED_AT_ONCE = 1024
+NARROWEST = 1000    # long side over short side: resized, such an image takes 150 MB for 224 pixels
 
 
 class Reading(NamedTuple):
@@ -39,6 +40,49 @@ def require(path, hint):
     """Raises: BadInput, with this hint, if there is no such file or folder."""
     if not path.exists():
         raise BadInput(f"{path}: not found; {hint}")
+
+
+def require_file(path, hint):
+    """Raises: BadInput if there is no such file, or if it is a folder, a named pipe or a device.
+
+    A pipe is never opened: that would wait for ever."""
+    require(path, hint)
+    if not path.is_file():
+        raise BadInput(f"{path}: not a regular file; {hint}")
+
+
+def read_text(path, hint):
+    """What stands in a text file. Raises: BadInput, with this hint, if it is absent or no text."""
+    require_file(path, hint)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise BadInput(f"{path}: not a text file; {hint}")
+    return text
+
+
+def inside(folder, name, listing):
+    """folder / name, for a `name` that stands in the file `listing`.
+
+    Raises: BadInput if that leads out of the folder."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise BadInput(f"{listing}: lists {name!r}, expected a name inside {folder}; "
+                       "fetch the data set again")
+    return folder / path
+
+
+def require_listed(files, folder, listing):
+    """Raises: BadInput, naming the first, if not all of the files lie in `folder`.
+
+    One look into the folder, which for many files is quicker than a look at each."""
+    require(folder, "expected a folder of images; fetch the data set again")
+    there = set(os.listdir(folder))
+    for file in files:
+        if file.name not in there:
+            raise BadInput(f"{file}: not found, but listed in {listing}; fetch the data set again")
 
 
 def choose(labels, limit):
@@ -88,6 +132,7 @@ def _resized(images, name, source, config):
 
 def _resize(images, size):
     """Shorter side to `size`: (..., H, W) -> (..., H', W')."""
+    from torchvision.transforms.v2 import functional as TF
     bicubic = TF.InterpolationMode.BICUBIC
     return TF.resize(images, size, interpolation=bicubic, antialias=True)
 
@@ -97,19 +142,37 @@ def _resize(images, size):
 def image_files(folder):
     """All images below `folder`, sorted, through links too; hidden files and folders are skipped.
 
-    Raises: BadInput if there is no such folder, or no image in it."""
+    A link to a folder that holds it leads nowhere new and is not followed.
+    Raises: BadInput if there is no such folder, no image in it, or a folder is met twice."""
     require(folder, "expected a folder of images")
     files = []
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]      # where os.walk goes next
+    met = {}                                # {real folder: the way it was met first}
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_fail):
+        where = Path(where)
+        status = where.stat()
+        first = met.setdefault((status.st_dev, status.st_ino), where)
+        if first != where:
+            raise BadInput(f"{where}: the same folder as {first}, its images would count twice; "
+                           "remove one of the two")
+        folders[:] = sorted(f for f in folders       # where os.walk goes next
+                            if not f.startswith(".") and not _holds_itself(where / f))
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                files.append(Path(where) / name)
+                files.append(where / name)
     files.sort()
     if not files:
         raise BadInput(f"{folder}: no image there "
                        f"(looked for {' '.join(sorted(SUFFIXES))} at any depth)")
     return files
+
+
+def _fail(error):
+    raise error                             # a folder that cannot be listed is not an empty one
+
+
+def _holds_itself(folder):
+    """Whether this is a link to a folder that it lies in."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def decoded(files, labels, classes, config, name):
@@ -124,6 +187,10 @@ def decoded(files, labels, classes, config, name):
     smallest = config.patch_size if config.mode == "regions" else 1
     digest = fingerprint(files, Path(config.data_dir))
     source = dict(dataset=config.dataset, files=digest, size=size)
+    if config.dataset == "folder":
+        # What was decoded before 16-bit greys were scaled and photographs turned upright is decoded
+        # again. The published data sets hold neither.
+        source["decoding"] = 2
 
     def fill(array):
         with ThreadPoolExecutor(config.workers or None) as pool:    # decoding runs without the GIL
@@ -147,21 +214,25 @@ def fingerprint(files, root):
     Changes when a file is added, removed or replaced."""
     digest = hashlib.sha256()
     for file in files:
-        require(file, "listed but absent; fetch the data set again")
+        require_file(file, "listed as an image, but no file to read; mend or remove it")
         status = file.stat()
         line = f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n"
-        digest.update(line.encode())
+        digest.update(line.encode("utf-8", "surrogatepass"))        # names need not be UTF-8
     return digest.hexdigest()
 
 
 def decode(path, size, smallest=1):
     """One image file as uint8 (3, size, size): shorter side resized (bicubic), centre cropped.
 
-    smallest: side that the image in the file must have, pixels."""
+    smallest: side that the image in the file must have, pixels.
+    Raises: BadInput, naming the file, for what is no intact image, too small, large or narrow."""
+    from torchvision.transforms.v2 import functional as TF
+    require_file(path, "expected an image there; fetch the data set again")
     try:
-        image = TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(path))
-    except (OSError, SyntaxError, ValueError) as error:     # Pillow's words for "no intact image"
-        reason = str(error).splitlines()[0]
+        with open(path, "rb") as file:
+            image = TF.pil_to_tensor(rgb(Image.open(file)))
+    except Exception as error:          # what Pillow raises on damaged files has no common type
+        reason = str(error) or type(error).__name__
         raise BadInput(f"{path}: not a readable image ({reason}); mend or remove it") from None
     height, width = image.shape[1:]
     if min(height, width) < smallest:
@@ -170,3 +241,30 @@ def decode(path, size, smallest=1):
     if (height, width) != (size, size):
         image = TF.center_crop(_resize(image, size), size)
     return image.numpy()
+
+
+def rgb(image):
+    """A PIL image of any kind as RGB, 8 bits, upright: what a person would be shown.
+
+    Grey of 16 bits keeps its upper 8, as Pillow does with colours of 16 bits. Transparency is
+    dropped, CMYK converted without a profile, both as torchvision does. EXIF's word on how the
+    camera was held is followed, which torchvision does not.
+    Raises: ValueError for numbers without a known white, for a mere line of pixels."""
+    width, height = image.size
+    if max(width, height) > NARROWEST * min(width, height):
+        raise ValueError(f"{width} x {height} pixels, more than {NARROWEST} times as long as wide")
+    if image.format == "EPS":
+        raise ValueError("a PostScript program, which is not run")
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":
+        raise ValueError("pixels of 32 bits without a known white; convert it to 8 bits")
+    about = image.info
+    if image.mode.startswith("I"):                      # of PNG: "I;16", "I" in older versions
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    about.pop("transparency", None)                     # or Pillow warns that it is dropped
+    image = image.convert("RGB")
+    image.info = about
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:
+        pass                                            # damaged EXIF data say nothing
+    return image

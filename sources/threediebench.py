@@ -16,6 +16,7 @@ names, delete it. `pretrain` and `train` share one.
 Checked in tests/test_threediebench.py on folders in this format.
 """
 import hashlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,10 +25,11 @@ import numpy as np
 from images import Part
 from plumbing.cache import cache_path, cached
 from plumbing.errors import BadInput
-from sources.prepare import Reading, choose, decode
+from sources.prepare import Reading, choose, decode, inside, require, require_file
 
 VIEWS = 50                      # renders per object
 LATENTS = 7
+LARGEST_LATENT = 1e6            # all are angles and hues
 OBJECTS_AT_ONCE = 16            # packed between two notes of progress
 HINT = ("3DIEBench's split files lie in the folder data/ of github.com/facebookresearch/SIE, "
         "its renders in 3DIEBench.tar.gz")
@@ -45,8 +47,9 @@ def read_3diebench(config, split):
     names = [names[i] for i in chosen]
     folders = [root / object_name for object_name in names]
     size = config.image_size
+    look_at_val(config, root)
 
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
     source = dict(dataset="3diebench", part=name, objects=digest, limit=config.limit)
     # Latents come first: they show faults sooner.
     latents = pack(cache_path(config, f"{name}-latents"), source, (LATENTS,), np.float32,
@@ -92,6 +95,13 @@ def find_root(config):
     return root
 
 
+def look_at_val(config, root):
+    """Raises: BadInput if the validation split could not be packed when its turn comes."""
+    names, _, _ = read_split(root, "val")
+    if not cache_path(config, "val").exists():
+        require(root / names[0], f"the first object of val_images.npy; {HINT}")
+
+
 def read_split(root, name):
     """Object folders relative to root, labels (N,) int64, and class names.
 
@@ -122,16 +132,28 @@ def load_split_files(root, name):
     if labels.shape != folders.shape or labels.dtype.kind not in "iufU":
         raise BadInput(f"{labels_file}: {labels.dtype} {labels.shape}, expected one label, "
                        f"a number or a name, for each of {len(folders):,} objects; {HINT}")
-    return [folder.strip("/") for folder in folders.tolist()], labels
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        row = int(np.argmin(np.isfinite(labels)))
+        raise BadInput(f"{labels_file}: the label of object {row} is {labels[row]}, "
+                       f"expected a number or a name; {HINT}")
+    folders = [folder.strip("/") for folder in folders.tolist()]
+    for folder in folders:
+        inside(root, folder, images_file)
+    return folders, labels
 
 
 def load_array(path):
     """A small .npy file. Pickled objects are refused: they can run code."""
+    require_file(path, "unpack 3DIEBench.tar.gz again")
     try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: not found; unpack 3DIEBench.tar.gz again") from None
-    except (ValueError, OSError, EOFError) as error:
+        with open(path, "rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)  # np.load takes .npz, too
+        if array.dtype.kind == "U":
+            native = array.astype(array.dtype.newbyteorder("="))
+            if (np.frombuffer(native.tobytes(), np.uint32) > sys.maxunicode).any():
+                raise ValueError("its text is no text")     # Python would make strings of it
+        return array
+    except Exception as error:          # what NumPy raises on damaged headers has no common type
         if "allow_pickle" in str(error):
             raise BadInput(f"{path}: holds pickled objects, expected plain text or numbers; "
                            "if you trust it, convert it once: np.save(f, np.array("
@@ -142,7 +164,8 @@ def load_array(path):
 def read_latent(path):
     """One view's latents (7,) float32."""
     latent = load_array(path)
-    if latent.shape != (LATENTS,) or latent.dtype.kind != "f" or not np.isfinite(latent).all():
+    fits = latent.shape == (LATENTS,) and latent.dtype.kind == "f"
+    if not fits or not (np.abs(latent) < LARGEST_LATENT).all():         # nor NaN
         raise BadInput(f"{path}: {latent.dtype} {latent.shape}, expected {LATENTS} finite numbers "
                        "(rotation x, y, z; floor hue; light theta, phi; light hue); "
                        "unpack 3DIEBench.tar.gz again")

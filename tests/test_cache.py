@@ -286,7 +286,7 @@ def test_room_is_taken_before_rows_are_written_so_that_a_full_disk_is_one_line(p
     maker = Maker()
     with pytest.raises(
         BadInput,
-        match=r"x.npy: no room for .* GB \(No space left on device\); "
+        match=r"x.npy: no room for 0.0 kB \(No space left on device\); "
               r"make room or choose another --data-dir",
     ):
         get(path, maker)
@@ -377,3 +377,36 @@ def test_cache_path_tells_apart_all_that_can_be_cached_side_by_side(make_config)
     }
     assert len(paths) == 15
     assert {p.parent for p in paths} == {cache.Path(configs[0].data_dir) / ".cache"}
+
+
+@pytest.mark.parametrize("size, words", [
+    (0, "0.0 kB"), (5_760, "5.8 kB"), (45_000_000, "45.0 MB"), (3_210_000_000, "3.2 GB"),
+    (10**16, "10,000,000.0 GB"),
+])
+def test_sizes_in_words(size, words):
+    assert cache.in_words(size) == words
+
+
+def test_more_bytes_than_fit_an_integer_do_not_fit_the_disk(path):
+    with pytest.raises(BadInput, match="needs .* GB and"):
+        cache.cached(path, {}, (10**9, 10**9, 10**9), np.uint8, None, "making")
+
+
+@pytest.mark.parametrize("ending", [".npy", ".json"])
+def test_a_pipe_in_the_cache_is_never_opened(path, ending):
+    get(path, Maker())
+    place = path.with_suffix(ending)
+    place.unlink()
+    os.mkfifo(place)
+    np.testing.assert_array_equal(get(path, Maker()), WANTED)
+
+
+@pytest.mark.parametrize("change", [
+    lambda a: a.astype(np.int32), lambda a: a.astype(a.dtype.newbyteorder()), np.asfortranarray,
+])
+def test_an_array_of_another_type_or_layout_is_made_again(path, change):
+    get(path, Maker())
+    np.save(path, change(WANTED))
+    again = get(path, Maker())
+    np.testing.assert_array_equal(again, WANTED)
+    assert again.flags.c_contiguous and again.dtype == WANTED.dtype

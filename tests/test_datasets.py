@@ -1,8 +1,11 @@
 """datasets.py and prepare.py against torchvision, PIL and NumPy, on files in the published
 formats."""
+import json
 import os
 import pickle
+import struct
 import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -12,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import datasets as D
 import images as images_module
@@ -198,14 +202,14 @@ def test_stl10_resized_like_pil_and_cached(stl10, size, monkeypatch):
     original, config = pixels(D.load(stl10, "train")), replace(stl10, image_size=size)
     resized = pixels(D.load(config, "train"))
     assert_close(resized, [pil_resize(image, size) for image in original])
-    monkeypatch.setattr(prepare.TF, "resize", raiser(AssertionError("resized again")))
+    monkeypatch.setattr(TF, "resize", raiser(AssertionError("resized again")))
     np.testing.assert_array_equal(pixels(D.load(config, "train")), resized)
 
 
 def test_stl10_pretrain_and_train_share_one_cache(stl10, monkeypatch):
     config = replace(stl10, image_size=32)
     pretrain = D.load(config, "pretrain")
-    monkeypatch.setattr(prepare.TF, "resize", raiser(AssertionError("resized again")))
+    monkeypatch.setattr(TF, "resize", raiser(AssertionError("resized again")))
     train = D.load(config, "train")
     np.testing.assert_array_equal(pixels(train), pretrain.parts[1].images)
     assert train.source == pretrain.source              # so that saliency maps are shared, too
@@ -510,6 +514,80 @@ def test_limit_on_a_folder_is_balanced_and_decodes_no_more(folder, decodes):
     ] == values(split)
 
 
+@pytest.mark.parametrize(
+    "train, val",
+    [("train", "val"), ("Train", "Val"), ("training", "validation"), ("TRAIN", "valid"),
+     ("train", "test"), ("train", "Testing")],
+)
+def test_the_usual_names_of_splits_are_understood(folder, train, val):
+    config = folder({path.replace("train", train).replace("val", val): value
+                     for path, value in TWO_SPLITS.items()})
+    assert sorted(values(D.load(config, "pretrain"))) == [1, 2, 3, 4]
+    assert sorted(values(D.load(config, "val"))) == [5, 6]
+    assert D.load(config, "val").classes == ["ant", "cat", "dog"]
+
+
+def test_test_is_left_alone_beside_val(folder):
+    config = folder(TWO_SPLITS | {"test/cat/77.png": 77})
+    assert sorted(values(D.load(config, "train"))) == [1, 2, 3, 4]
+    assert sorted(values(D.load(config, "val"))) == [5, 6]
+
+
+@pytest.mark.parametrize("name", ["train", "test", "valid", "dev"])
+def test_a_class_may_be_called_like_a_split(folder, name):
+    config = folder(ONE_SPLIT | {f"{name}/{i}.png": 100 + i for i in range(9)})
+    assert name in D.load(config, "train").classes
+
+
+def test_a_link_back_to_a_folder_above_is_not_followed(folder):
+    config = folder(TWO_SPLITS)
+    root = Path(config.data_dir)
+    (root / "train" / "cat" / "up").symlink_to("..")
+    (root / "train" / "all").symlink_to(root)               # val's images lie there, too
+    (root / "val" / "here").symlink_to(".")
+    assert D.load(config, "train").classes == ["ant", "cat", "dog"]
+    assert sorted(values(D.load(config, "train"))) == [1, 2, 3, 4]
+    assert sorted(values(D.load(config, "val"))) == [5, 6]
+
+
+def test_folders_and_images_may_be_links(folder, tmp_path):
+    config = folder(TWO_SPLITS)
+    root = Path(config.data_dir)
+    (root / "train" / "dog").rename(tmp_path / "elsewhere")
+    (root / "train" / "dog").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "ant" / "8.png").symlink_to(root / "train" / "cat" / "1.png")
+    assert sorted(values(D.load(config, "train"))) == [1, 1, 2, 3, 4]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(folder, monkeypatch):
+    config = folder(TWO_SPLITS)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(prepare.os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="train/cat"):
+        D.load(config, "train")
+
+
+def test_a_single_class_is_remarked_on_once(folder, capsys):
+    config = folder({f"{i}.png": i for i in range(12)})
+    D.load(config, "pretrain")
+    assert "has a single class" in capsys.readouterr().out
+    D.load(config, "val")
+    D.load(folder(TWO_SPLITS, data_dir=str(Path(config.data_dir) / "two")), "pretrain")
+    assert not capsys.readouterr().out
+
+
+def test_names_of_classes_can_be_shown(folder):
+    names = [os.fsdecode(b"a\xff"), "b\x1b[2J", "c\n", "d e", "é"]
+    config = folder({f"{name}/{i}.png": i for name in names for i in range(3)})
+    assert D.load(config, "train").classes == [r"a\udcff", r"b\x1b[2J", r"c\n", "d e", "é"]
+
+
 # ---------------------------------------------------------------- decoding
 
 def picture(height=20, width=30):
@@ -558,6 +636,72 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, mode, ending, tolerance):
     )
     assert ours.dtype == np.uint8 and ours.shape == (3, SIZE, SIZE)
     assert np.abs(ours - expected).max() <= tolerance
+
+
+def write_png_16(path, pixels):
+    """pixels (H, W, 1 to 4) uint16: grey, grey and alpha, colours, colours and alpha."""
+    def chunk(kind, content):
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+    height, width, channels = pixels.shape
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bits_keep_the_upper_8(tmp_path, channels):
+    values = np.random.default_rng(0).integers(0, 65536, (SIZE, SIZE, 1), dtype=np.uint16)
+    write_png_16(tmp_path / "x.png", values.repeat(channels, 2))
+    expected = (values >> 8).astype(np.uint8).transpose(2, 0, 1).repeat(3, 0)
+    np.testing.assert_array_equal(prepare.decode(tmp_path / "x.png", SIZE), expected)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(tmp_path, ending, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lossless = dict(lossless=True) if ending == "webp" else {}
+    path = tmp_path / f"x.{ending}"
+    picture(SIZE, SIZE).save(path, exif=exif, **lossless)
+    stored = np.asarray(Image.open(path).convert("RGB"))
+    turned = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1],
+              5: stored.swapaxes(0, 1), 6: np.rot90(stored, -1),
+              7: stored[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(stored)}[orientation]
+    np.testing.assert_array_equal(prepare.decode(path, SIZE), turned.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\xff", b"nonsense"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_data_change_nothing(tmp_path, exif):
+    picture(SIZE, SIZE).save(tmp_path / "x.png", exif=exif)
+    expected = np.asarray(picture(SIZE, SIZE)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(prepare.decode(tmp_path / "x.png", SIZE), expected)
+
+
+def test_a_palette_with_transparent_colours_gives_its_colours_without_a_warning(tmp_path):
+    image = picture(SIZE, SIZE).quantize(200)
+    image.save(tmp_path / "x.png", transparency=bytes(range(200)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = prepare.decode(tmp_path / "x.png", SIZE)
+    np.testing.assert_array_equal(ours.transpose(1, 2, 0), np.asarray(image.convert("RGB")))
+
+
+def test_what_older_code_decoded_of_a_users_folder_is_decoded_again(folder, decodes):
+    for dataset, again in (("folder", 4), ("imagenet", 0)):
+        config = folder(TWO_SPLITS, dataset)
+        D.load(config, "train")
+        key = Path(config.data_dir) / ".cache" / f"{dataset}-train-{SIZE}px.json"
+        key_values = json.loads(key.read_text())
+        key_values.pop("decoding", None)
+        key.write_text(json.dumps(key_values))
+        decodes.clear()
+        D.load(config, "train")
+        assert len(decodes) == again
 
 
 # torchvision's decoders will move to another package

@@ -1,6 +1,7 @@
 """saliency.py against SciPy, PIL and hand-made maps; DeepGaze through a stand-in with the published
 call format."""
 import math
+import shutil
 import sys
 import tracemalloc
 import types
@@ -17,6 +18,7 @@ from scipy.fft import dctn, idctn
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
 from scipy.special import logsumexp
 
+import build
 import saliency as S
 from datasets import load
 from images import Part, Split, Store
@@ -217,7 +219,7 @@ def test_maps_of_changed_images_are_computed_again(config, computed):
         path = Path(config.data_dir) / "train" / "a" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (24, 24), (60 * i, 0, 0)).save(path)
-    (path.parents[2] / "val").mkdir()
+    shutil.copytree(path.parents[1], path.parents[2] / "val")
     before = S.saliency_maps("signature", load(config, "train"), config, CPU)[0].copy()
     S.saliency_maps("signature", load(config, "pretrain"), config, CPU)
     assert computed == [4]  # `pretrain` and `train` are the same images
@@ -302,7 +304,7 @@ def test_published_maps_on_stl10_itself(tmp_path, make_config):
         (np.arange(8, dtype=np.uint8) + 1).tofile(folder / f"{name}_y.bin")
         np.save(
             tmp_path / f"saliency_{name}.npy",
-            np.arange(8, dtype=np.float32)[:, None, None, None].repeat(96, 2).repeat(96, 3),
+            np.arange(1, 9, dtype=np.float32)[:, None, None, None].repeat(96, 2).repeat(96, 3),
         )
     for split in ("pretrain", "train", "val"):
         data = load(stl10, split)
@@ -310,8 +312,8 @@ def test_published_maps_on_stl10_itself(tmp_path, make_config):
             S.saliency_maps(str(tmp_path), data, stl10, CPU), data.parts, strict=True
         ):
             assert len(maps) == 4
-            # map i is all i, too
-            np.testing.assert_array_equal(maps[:, 0, 0], part.images[:, 0, 0, 0])
+            # map i is all i + 1
+            np.testing.assert_array_equal(maps[:, 0, 0], part.images[:, 0, 0, 0] + 1)
 
 
 def cut_short(path):
@@ -364,6 +366,51 @@ def test_published_maps_that_do_not_fit_are_named(tmp_path, config, damage):
     with pytest.raises(BadInput, match="saliency_train.npy") as caught:
         S.saliency_maps(str(tmp_path), published_split(names=["train"]), config, CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value, sound", [
+    (0, True), (-0.0, True), (6e4, True), (1e-7, True), (-1e-7, False), (-1, False),
+    (np.nan, False), (-np.nan, False), (np.inf, False), (-np.inf, False),
+])
+def test_published_maps_must_be_densities(tmp_path, config, dtype, value, sound):
+    maps = np.random.default_rng(0).random((600, 24, 24)).astype(dtype)
+    maps[517, 3, 4] = value
+    np.save(tmp_path / "saliency_train.npy", maps)
+    split = published_split(names=["train"], total=600)
+    others = published_split(names=["train"], total=600, rows=np.array([2, 516, 518]))
+    S.saliency_maps(str(tmp_path), others, config, CPU)
+    if sound:
+        S.saliency_maps(str(tmp_path), split, config, CPU)
+        return
+    for split in (split, published_split(names=["train"], total=600, rows=np.array([2, 517]))):
+        with pytest.raises(BadInput, match="saliency_train.npy: map 517 .*densities"):
+            S.saliency_maps(str(tmp_path), split, config, CPU)
+
+
+def test_any_scale_of_a_map_will_do_that_float32_can_hold(tmp_path, config):
+    maps = np.random.default_rng(0).random((10, 24, 24), dtype=np.float32)
+    maps *= np.logspace(-18, 29, 10, dtype=np.float32)[:, None, None]
+    np.save(tmp_path / "saliency_train.npy", maps)
+    S.saliency_maps(str(tmp_path), published_split(names=["train"]), config, CPU)
+
+
+def test_a_wrong_folder_is_noticed_before_the_images_are_read(tmp_path, make_config, monkeypatch):
+    def never(*_):
+        raise AssertionError("the images were read first")
+
+    monkeypatch.setattr(build, "load", never)
+    config = make_config("folder", image_size=24, patch_size=8, saliency=str(tmp_path / "maps"))
+    for mode, words in (("saccade", "saliency_train.npy"), ("augment", None)):
+        wanted = pytest.raises(BadInput, match=words) if words else pytest.raises(AssertionError)
+        with wanted:
+            build.build_views(replace(config, mode=mode), "pretrain", CPU)
+
+
+def test_a_missing_package_is_noticed_before_the_images_are_read(config):
+    if "deepgaze_pytorch" not in sys.modules:
+        with pytest.raises(BadInput, match="deepgaze_pytorch"):
+            S.check(replace(config, saliency="deepgaze"), ["train"])
 
 
 def test_a_misspelt_source_lists_the_choices(config):
