@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from build import build_model, build_views
 from config import config_of
 from dseq_jepa import sequential
-from figures import BLUE, CYCLE, bare, plt, save, spread, title_columns, to_pixels
+from figures import BLUE, CYCLE, bare, save, spread, subplots, title_columns, to_pixels
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
 from plumbing.runs import load_checkpoint, restore
@@ -63,8 +63,7 @@ def draw_regions(model, views, config, path, count=6):
     region_style[N] = ("rest", REST)
     block_style = {1: ("c", BLUE)}
     block_style |= {k: (str(k - 1), CYCLE[k - 1]) for k in range(2, 6)}
-    figure, axes = plt.subplots(count, 6, figsize=(12.5, 2.05 * count),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(count, 6, figsize=(12.5, 2.05 * count), squeeze=False)
     for i in range(count):
         axes[i, 0].imshow(photos[i])
         axes[i, 1].imshow(saliency[i].numpy(), cmap="magma")
@@ -104,10 +103,12 @@ def _overlay(axis, photo, labels, style):
     """Colour the patches of a photo by label; write each label at its patch nearest to the centre.
 
     photo (S, S, 3), labels (H, W), style {label: (words, colour)}; other labels stay uncoloured."""
+    from matplotlib.colors import to_rgb
+
     side = photo.shape[0] // labels.shape[0]
     shade = torch.zeros(*labels.shape, 4)
     for label, (_, colour) in style.items():
-        shade[labels == label] = torch.tensor([*plt.matplotlib.colors.to_rgb(colour), 0.55])
+        shade[labels == label] = torch.tensor([*to_rgb(colour), 0.55])
     axis.imshow(photo)
     axis.imshow(shade.repeat_interleave(side, 0).repeat_interleave(side, 1).numpy())
     for label, (words, _) in style.items():
@@ -129,7 +130,7 @@ def draw_steps(model, views, config, path):
     losses = losses.nan_to_num(0)
     names = [f"R_{k}" for k in range(2, config.region_count)] + ["rest"]
 
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, axis = subplots(figsize=(5, 3.6))
     bars = axis.bar(names, losses.tolist(), color=BLUE)
     axis.bar_label(bars, [f"{n:,}" for n in images.tolist()], fontsize=8)
 
@@ -177,8 +178,7 @@ def draw_clusters(models, views, config, path, count=6, k=5):
     style = {label: ("", CYCLE[label - 1]) for label in range(1, k + 1)}
 
     across = 1 + len(models)
-    figure, axes = plt.subplots(count, across, figsize=(2.1 * across, 2.05 * count),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(count, across, figsize=(2.1 * across, 2.05 * count), squeeze=False)
     for i in range(count):
         axes[i, 0].imshow(photos[i])
     for column, (model, _) in enumerate(models, 1):

@@ -126,6 +126,16 @@ def join(batches, samplings):
     return features._replace(labels=features.labels[0])             # the same in every sampling
 
 
+def not_finite(features):
+    """Names of the fields of Features, of any mode, that hold NaN or Inf."""
+    names = []
+    for name, value in features._asdict().items():
+        tensors = value.values() if isinstance(value, dict) else [value]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            names.append(name)
+    return names
+
+
 def measure_views(model, setup):
     """Features of both splits for the modes whose samples are sequences of views."""
     def features(split, samplings, seed):
@@ -196,14 +206,18 @@ def fit_head(kind, x, y, d_out, loss, setup):
 
 @torch.inference_mode()
 def accuracy(head, x, y):
-    """Top-1 in per cent, averaged over samplings.  x (S, N, d), y (N,)."""
-    return 100 * (head(x).argmax(-1) == y).float().mean().item()
+    """Top-1 in per cent, averaged over samplings; NaN if the head diverged.  x (S, N, d), y (N,)"""
+    scores = head(x)
+    if not scores.isfinite().all():
+        return float("nan")
+    return 100 * (scores.argmax(-1) == y).float().mean().item()
 
 
 def r2(prediction, target):
     """R^2 per output dimension: 1 - SSE/SST, (n, k), (n, k) -> (k,).  The paper reports its mean.
 
     As scikit-learn: a constant target scores 1 if predicted exactly, else 0."""
+    target = target.double()            # in float32 the mean of equal numbers is not quite theirs
     sse = (target - prediction).square().sum(0)
     sst = (target - target.mean(0)).square().sum(0)
     score = 1 - sse / sst.clamp_min(torch.finfo(sst.dtype).tiny)
