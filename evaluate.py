@@ -170,9 +170,9 @@ def evaluate(options):
     """Load the checkpoint, probe it and a randomly initialised twin, print and keep the table."""
     started = time.monotonic()
     run_dir = Path(options.checkpoint).parent
-    check_json(options.json)
     checkpoint = load_checkpoint(options.checkpoint)
-    refuse_unwritable(result_path(options, run_dir), "choose another place with --json")
+    refuse_unwritable(result_path(options, run_dir), "choose another place with --json",
+                      holds='"checkpoint"')
     if options.figures:
         refuse_unwritable(run_dir / "report.html", "leave out --figures")
     config = run_config(checkpoint, options)
@@ -391,23 +391,6 @@ def choose_lengths(options, config, names):
     if "invariance" in names:
         lengths.add(config.views)
     return tuple(sorted(lengths))
-
-
-def check_json(path):
-    """Refuse a --json that could not be written at the end, or would replace something else."""
-    if path is None:
-        return
-    path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise BadInput(f"--json {path}: its folder does not exist; make it first")
-    if path.is_dir():
-        raise BadInput(f"--json {path}: is a folder; name a file in it")
-    if path.is_file():
-        with open(path, "rb") as file:
-            start = file.read(100)
-        if start and b'"checkpoint"' not in start:
-            raise BadInput(f"--json {path}: holds something else than an earlier result, "
-                           "and will not be replaced; name another file")
 
 
 def result_path(options, run_dir):

@@ -13,7 +13,6 @@ training, a column a checkpoint, and regions.png of the last one; or both, on an
 
 Checked in tests/test_figures_regions.py.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from build import build_model, build_views
 from config import config_of
 from dseq_jepa import sequential
 from figures import BLUE, CYCLE, bare, save, spread, subplots, title_columns, to_pixels
+from plumbing import command, flags
+from plumbing.command import printable, refuse_unwritable
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
 from plumbing.runs import load_checkpoint, restore
@@ -198,6 +199,9 @@ def _cluster(model, images, k, seed):
     tokens, = model.eval().target_encoder(images)
     patches = tokens[:, tokens.shape[1] - H * W:]                # without [CLS], if there is one
     patches = F.normalize(patches.float().cpu(), dim=2)
+    if not patches.isfinite().all():
+        raise BadInput("the features of patches are not finite; if the run diverged, give a "
+                       "checkpoint from before that")
     return k_means(patches.flatten(0, 1), k, seed).view(len(images), H, W)
 
 
@@ -220,6 +224,11 @@ def k_means(x, k, seed=0, steps=50):
 
 def draw_checkpoints(options):
     """Draw clusters.png of several checkpoints of one run, a column each, and regions.png."""
+    out = Path(options.out)
+    if not out.is_dir():
+        raise BadInput(f"--out {out}: no such folder; make it first")
+    for name in ("clusters.png", "regions.png"):
+        refuse_unwritable(out / name, "choose another --out")
     models = []
     for path in options.checkpoints:
         model, words, config = _load(path, options.data_dir)
@@ -228,14 +237,12 @@ def draw_checkpoints(options):
         if (model.encoder.grid, model.encoder.dim) != (first.encoder.grid, first.encoder.dim):
             raise BadInput(f"{path}: is not of the same run as {options.checkpoints[0]}; "
                            "give checkpoints of one run")
-    out = Path(options.out)
-    if not out.is_dir():
-        raise BadInput(f"--out {out}: no such folder; make it first")
     split = "train" if options.data_dir else "val"
     views = build_views(config, split, torch.device("cpu"))
-    print(f"drew {draw_clusters(models, views, config, out / 'clusters.png')}")
+    print(f"drew {printable(draw_clusters(models, views, config, out / 'clusters.png'))}")
     if config.cls and config.proxy == "cls":
-        print(f"drew {draw_regions(model, views, config, out / 'regions.png')}")
+        print(f"drew {printable(draw_regions(model, views, config, out / 'regions.png'))}")
+    return 0
 
 
 def _load(path, data_dir):
@@ -251,9 +258,9 @@ def _load(path, data_dir):
     return model, f"step {checkpoint['step']:,}", config
 
 
-def main(argv=None):
-    """Exit status 0, or 2 for bad input."""
-    p = argparse.ArgumentParser(
+def parse(argv=None):
+    """Options from the command line."""
+    p = flags.Parser(
         prog="figures_regions.py",
         description="Regions, and patch clusters over the course of training (Figs. 3, 6, 7).")
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
@@ -261,13 +268,12 @@ def main(argv=None):
     p.add_argument("--data-dir", metavar="DIR",
                    help="a folder of images to show instead of the run's own")
     p.add_argument("--out", metavar="DIR", default=".", help="where the figures go (default: here)")
-    options = p.parse_args(argv)
-    try:
-        draw_checkpoints(options)
-    except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    """Exit status 0, 2 for bad input, 128 + signal if stopped."""
+    return command.run(draw_checkpoints, parse, argv, less="give it fewer checkpoints")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from plumbing.device import seed_all
@@ -216,12 +215,14 @@ def accuracy(head, x, y):
 def r2(prediction, target):
     """R^2 per output dimension: 1 - SSE/SST, (n, k), (n, k) -> (k,).  The paper reports its mean.
 
-    As scikit-learn: a constant target scores 1 if predicted exactly, else 0."""
+    As scikit-learn: a constant target scores 1 if predicted exactly, else 0. Constant is also what
+    varies by no more than float32 rounds."""
     target = target.double()            # in float32 the mean of equal numbers is not quite theirs
     sse = (target - prediction).square().sum(0)
     sst = (target - target.mean(0)).square().sum(0)
+    rounding = torch.finfo(torch.float32).eps * target.abs().amax(0)
     score = 1 - sse / sst.clamp_min(torch.finfo(sst.dtype).tiny)
-    return torch.where(sst > 0, score, (sse == 0).to(score))
+    return torch.where(sst > len(target) * rounding.square(), score, (sse == 0).to(score))
 
 
 @torch.inference_mode()
@@ -401,7 +402,9 @@ def multiply_adds(model, views, M):
     """Multiply-adds to encode and aggregate M views of one image: the "flops" of B.6.
 
     A FLOP counter's number, halved."""
-    batch = views(torch.arange(2), M)
+    from torch.utils.flop_counter import FlopCounterMode  # not above: for this alone, 0.1 s
+
+    batch = views(torch.zeros(2, dtype=torch.long), M)
     model = copy.deepcopy(model).train()    # the counter does not see eval mode's fused transformer
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         z = model.encode(batch.views[:, :M])

@@ -59,14 +59,22 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-def refuse_unwritable(path, what_to_do):
-    """Raises BadInput unless a file of this name can be written, and what it replaces is a file.
+def refuse_unwritable(path, what_to_do, holds=""):
+    """Raises BadInput unless a file of this name can be written and nothing else is lost by it.
 
-    Tried, not asked: a folder may be full, read-only or another user's.  what_to_do: in words."""
+    Tried, not asked: a folder may be full, read-only or another user's.
+    what_to_do: in words.  holds: what an earlier file of this kind has in its first 100 bytes."""
     path = Path(path)
     try:
+        if not path.absolute().parent.is_dir():
+            raise BadInput(f"{path}: its folder does not exist; make it first")
         if path.is_symlink() or path.exists() and not path.is_file():
             raise BadInput(f"{path}: is no plain file, and will not be replaced; {what_to_do}")
+        if path.exists() and path.stat().st_size:
+            with open(path, "rb") as file:
+                if holds.encode() not in file.read(100):
+                    raise BadInput(f"{path}: holds something else than an earlier result, "
+                                   f"and will not be replaced; {what_to_do}")
         part = part_of(path)
         part.touch()
         part.unlink()
