@@ -35,9 +35,9 @@ import probes
 import probes_regions
 from build import build_model, build_views
 from plumbing import command, flags
-from plumbing.command import printable, refuse_unwritable
+from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from plumbing.report import write_report
 from plumbing.runs import load_checkpoint, restore
@@ -378,8 +378,8 @@ def other_data(options, config):
     for flag in ("image_size", "patch_size", "saliency"):
         typed = getattr(options, flag)
         if typed is not None and protocol(config.mode).any_images:
-            raise BadInput(f"{flags.name_of(flag)}: a ViT's sizes are fixed when it is built, "
-                           "and it reads no saliency maps; leave it out")
+            raise BadInput(f"{flags.name_of(flag)}: in mode {config.mode} the run's own is kept; "
+                           "leave it out")
         if typed is not None:
             changes[flag] = typed
     return settings.check(dataclasses.replace(config, dataset=options.dataset, **changes))

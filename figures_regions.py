@@ -24,9 +24,9 @@ from config import config_of
 from dseq_jepa import sequential
 from figures import BLUE, CYCLE, bare, save, spread, subplots, title_columns, to_pixels
 from plumbing import command, flags
-from plumbing.command import printable, refuse_unwritable
+from plumbing.command import refuse_unwritable
 from plumbing.device import seed_all
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from plumbing.runs import load_checkpoint, restore
 from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
 

@@ -46,7 +46,7 @@ from images import Part, Split
 from plumbing import command, flags
 from plumbing.command import is_out_of_memory, refuse_unwritable
 from plumbing.device import compile_all, pick_device, place, under_autocast
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from regions import ROUNDS, RULES, discriminative_regions
 from train import Rates, build_optimizer, training_step
@@ -474,7 +474,7 @@ def run(section, device, options):
     try:
         SECTIONS[section](device, options)
     except (BadInput, OSError) as error:    # OpenCV absent, say: the other sections need none
-        print(command.printable(f"error: {section}: {error}"), file=sys.stderr)
+        print(printable(f"error: {section}: {error}"), file=sys.stderr)
         status = 2
     except Exception as error:          # a bug: who waits for a lent machine still gets the rest
         if is_out_of_memory(error):

@@ -35,9 +35,8 @@ from benchmarks.bench import (
 from build import build_model
 from config import MODES, REGION_METHODS
 from plumbing import command, flags
-from plumbing.command import printable
 from plumbing.device import compile_all, pick_device, place, seed_all
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 
 SYNC = "called a synchronizing CUDA operation"      # each warning of set_sync_debug_mode says so
 STEPS = 20

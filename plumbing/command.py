@@ -4,7 +4,6 @@
                                 train.py, which may be several processes, is loop.launch
     refuse_unwritable(path, what_to_do)
                                 said before the work whose result would go there
-    printable(text)             what comes from files and flags, as a terminal may see it
 
 Nothing in here is about JEPA. Checked in tests/test_hostile_evaluate.py.
 """
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from plumbing.files import part_of
 
 
@@ -52,11 +51,6 @@ def is_out_of_memory(error):
     """Whether an exception says that the GPU's or the machine's memory does not suffice."""
     no_room = "can't allocate memory" in str(error)         # a CPU's words, in a RuntimeError
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or no_room
-
-
-def printable(text):
-    """Text in one line: what would move the cursor, or is no text at all, as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def refuse_unwritable(path, what_to_do, holds=""):
