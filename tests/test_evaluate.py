@@ -194,7 +194,7 @@ def test_the_paper_s_column_goes_with_every_field_that_teaches(field, monkeypatc
     if field.type is bool:
         value = not getattr(config, field.name)
     if field.name == "saliency":
-        value = "signature"                                 # another folder of maps may be DeepGaze's
+        value = "signature"                                 # a folder of maps may be DeepGaze's
     changed = dataclasses.replace(config, **{field.name: value})
     assert bool(evaluate.paper_numbers(changed)) == (field.name in evaluate.NOT_LEARNED)
 
