@@ -274,7 +274,8 @@ def project(x):
 def _pca(x):
     x = x - x.mean(0)
     directions = torch.linalg.svd(x, full_matrices=False).Vh[:2]
-    return (x @ directions.T).numpy()
+    points = x @ directions.T
+    return F.pad(points, (0, 2 - len(directions))).numpy()         # one sample has one direction
 
 
 # ---------------------------------------------------------------- measured rows
