@@ -256,7 +256,8 @@ def draw_maps(gallery, views, config, path):
 def _scatter_classes(axis, points, labels, views):
     """The points of the first classes there are, as many as there are colours."""
     for colour, label in zip(CYCLE, labels.unique()):
-        axis.scatter(*points[labels == label].T, s=6, color=colour, linewidths=0,
+        mine = (labels == label).numpy()
+        axis.scatter(*points[mine].T, s=6, color=colour, linewidths=0,
                      label=_class_name(views, label))
 
 
