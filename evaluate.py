@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -33,8 +34,10 @@ import figures_regions
 import probes
 import probes_regions
 from build import build_model, build_views
+from plumbing import command, flags
+from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from plumbing.report import write_report
 from plumbing.runs import load_checkpoint, restore
@@ -43,6 +46,9 @@ PAPERS = Path(__file__).with_name("papers.csv")
 SETTLE_BATCHES = 20
 ONLINE_LIMIT = 2000             # samples of each split that an online probe looks at
 ONLINE_EPOCHS = 50              # of its heads
+MOST_VIEWS = 100                # M_val, ten times the papers' longest
+MOST_EPOCHS = 10_000            # of a head; the papers' longest take 300
+MOST_SAMPLINGS = 300            # of a training sample; an epoch sees one of them
 
 # (model, train features, val features, setup) -> rows of the table
 PROBES = {
@@ -120,21 +126,34 @@ def protocol(mode):
 
 # ---------------------------------------------------------------- what the papers report
 
-AS_PUBLISHED = ("image_size", "patch_size", "epochs", "batch_size", "limit", "width", "ior",
-                "action_in", "action_embed", "region_count", "order", "proxy", "crop_scale")
 VARIED = ("dataset", "mode", "method", "encoder", "condition", "views")     # by the papers' tables
+# Fields of Config that change nothing of what is learned, but by chance.
+NOT_LEARNED = ("data_dir", "download", "workers", "resident", "keep_every", "seed", "device", "amp",
+               "compile", "probe_every", "out", "name", "resume")
+
+
+def as_published(config):
+    """Whether a run was the papers': its preset's in every field that changes what is learned.
+
+    Fixations were drawn from DeepGaze's saliency maps, computed or published; ours are others."""
+    varied = {name: getattr(config, name) for name in VARIED}
+    preset = settings.Config(**settings.preset(config.dataset, config.mode) | varied)
+    if config.encoder == "vit-huge":
+        preset = dataclasses.replace(preset, image_size=448, epochs=300)
+    if config.mode == "saccade":
+        if config.saliency in ("signature", "uniform"):
+            return False
+        preset = dataclasses.replace(preset, saliency=config.saliency)
+    expected = dataclasses.asdict(settings.check(preset))
+    found = dataclasses.asdict(config)
+    return all(found[name] == expected[name] for name in found if name not in NOT_LEARNED)
 
 
 def paper_numbers(config):
     """{(probe, predicts, from): value} that the papers report for a run with these settings, or {}.
 
-    A --quick run, another saliency or an ablation that has no row cannot be put beside them."""
-    preset = settings.Config(**settings.preset(config.dataset, config.mode))
-    if config.encoder == "vit-huge":
-        preset = dataclasses.replace(preset, image_size=448, epochs=300)
-    if any(getattr(config, name) != getattr(preset, name) for name in AS_PUBLISHED):
-        return {}
-    if config.saliency == "uniform" or config.regions == "random":
+    A --quick run, other saliency or an ablation that has no row cannot be put beside them."""
+    if not as_published(config):
         return {}
     numbers = {}
     with open(PAPERS, newline="") as file:
@@ -151,8 +170,11 @@ def evaluate(options):
     """Load the checkpoint, probe it and a randomly initialised twin, print and keep the table."""
     started = time.monotonic()
     run_dir = Path(options.checkpoint).parent
-    check_json(options.json)
     checkpoint = load_checkpoint(options.checkpoint)
+    refuse_unwritable(result_path(options, run_dir), "choose another place with --json",
+                      holds='"checkpoint"')
+    if options.figures:
+        refuse_unwritable(run_dir / "report.html", "leave out --figures")
     config = run_config(checkpoint, options)
     device = pick_device(options.device)
     rules = protocol(config.mode)
@@ -170,9 +192,11 @@ def evaluate(options):
     if options.compile:
         model.representation.compile()
         twin.representation.compile()
+    paper = {}
+    if data.dataset == config.dataset and not options.probe_epochs:
+        paper = paper_numbers(config)
     rows = measure(model, setup, rules)
     untrained = measure(twin, setup, rules)
-    paper = paper_numbers(config) if data.dataset == config.dataset else {}
     for row, other in zip(rows, untrained):
         row["untrained"] = other["value"]
         row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
@@ -184,16 +208,20 @@ def evaluate(options):
     print(table(rows))
     print(f"{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
           f"{options.samplings} view samplings of a training sample; {seconds:.0f} s on {device}")
+    remarks = remarks_on(views)
+    for remark in remarks:
+        print(f"note: {remark}")
     result = dict(
-        checkpoint=str(options.checkpoint), step=checkpoint["step"], config=checkpoint["config"],
+        checkpoint=str(options.checkpoint), step=checkpoint["step"],
+        config=dataclasses.asdict(settings.config_of(checkpoint)),
         device=str(device), dataset=data.dataset, classes=classes, n_train=n_train, n_val=n_val,
-        samplings=options.samplings, seconds=round(seconds, 1), rows=rows)
+        samplings=options.samplings, seconds=round(seconds, 1), remarks=remarks, rows=rows)
     text = json.dumps(result, indent=1) + "\n"
     save_atomically(result_path(options, run_dir), lambda part: part.write_text(text))
     if options.figures:
         for figure in rules.draw(model, views["val"], config, rows, run_dir):
-            print(f"drew {figure}")
-        print(f"wrote {write_report(run_dir, result)}")
+            print(f"drew {printable(figure)}")
+        print(f"wrote {printable(write_report(run_dir, result))}")
     return 0
 
 
@@ -207,12 +235,34 @@ def two_models(checkpoint, config, views, device):
 
 
 def measure(model, setup, rules):
-    """All rows of one model."""
+    """All rows of one model.
+
+    Raises: BadInput if a feature or a result is not finite: a classifier on NaN looks like one."""
     train, val = rules.measure(model, setup)
+    for split, features in (("training", train), ("validation", val)):
+        bad = probes.not_finite(features)
+        if bad:
+            raise BadInput(f"--probe {' '.join(setup.probes)}: {', '.join(bad)} of {split} samples "
+                           "not finite; if the run diverged, probe a checkpoint from before that")
     rows = []
     for name in setup.probes:
-        rows += PROBES[name](model, train, val, setup)
+        for row in PROBES[name](model, train, val, setup):
+            if not math.isfinite(row["value"]):
+                raise BadInput(f"--probe {name}: {row['predicts']} from {row['from']} came out as "
+                               f"{row['value']}; if the run diverged, probe a checkpoint from "
+                               "before that")
+            rows.append(row)
     return rows
+
+
+def remarks_on(views):
+    """What a reader of the numbers must know: sentences, mostly none."""
+    remarks = []
+    for split, sampler in views.items():
+        if len(sampler.labels.unique()) == 1:
+            remarks.append(f"all {split} samples are of one class: top-1 says nothing, "
+                           "whatever it is")
+    return remarks
 
 
 def settle_batchnorm(model, views, M):
@@ -253,7 +303,6 @@ def table(rows):
 
 # ---------------------------------------------------------------- while training
 
-@torch.compiler.set_stance("force_eager")       # batches of other sizes would each compile, minutes
 def online(model, views, config, device, due=True):
     """Cheap probes during training (--probe-every), on the encoder as it is: {column: value}.
 
@@ -269,7 +318,10 @@ def online(model, views, config, device, due=True):
     for split, sampler in views.items():
         count = min(ONLINE_LIMIT, len(sampler))
         some[split] = torch.linspace(0, len(sampler) - 1, count).long()
-    return dict(zip(rules.online_columns, rules.online(model, setup, some)))
+    # Batches of other sizes would each compile, for minutes.  Named here, not at the head of the
+    # function: this imports PyTorch's compiler, a second.
+    with torch.compiler.set_stance("force_eager"):
+        return dict(zip(rules.online_columns, rules.online(model, setup, some)))
 
 
 # ---------------------------------------------------------------- the command line
@@ -307,27 +359,30 @@ def choose_probes(options, config):
                            "the data set to transfer to")
     if options.dataset:
         return names, other_data(options, config)
-    if options.image_size or options.patch_size:
-        raise BadInput("--image-size and --patch-size: only with --probe transfer; "
-                       "the run's own sizes come from its checkpoint")
+    for flag in ("image_size", "patch_size", "saliency"):
+        if getattr(options, flag) is not None:
+            raise BadInput(f"{flags.name_of(flag)}: only with --probe transfer; "
+                           "the run's own comes from its checkpoint")
     return names, config
 
 
 def other_data(options, config):
-    """The Config of the data set that --dataset names, seen as the run sees its own."""
+    """The Config of the data set that --dataset names, seen as the run sees its own.
+
+    A patch has the run's size, which the encoder and its stem know; the image its preset's."""
     if options.figures:
         raise BadInput("--figures: shows the run's own data; leave it out with --dataset")
-    if protocol(config.mode).any_images:
-        if options.image_size or options.patch_size:
-            raise BadInput("--image-size and --patch-size: a ViT's are fixed when it is built; "
-                           "leave them out")
-        return dataclasses.replace(config, dataset=options.dataset)
-    preset = settings.preset(options.dataset, config.mode)
-    return settings.check(dataclasses.replace(
-        config, dataset=options.dataset,
-        image_size=options.image_size or preset["image_size"],
-        patch_size=options.patch_size or preset["patch_size"],
-        saliency=options.saliency or config.saliency))
+    changes = {}
+    if not protocol(config.mode).any_images:
+        changes["image_size"] = settings.preset(options.dataset, config.mode)["image_size"]
+    for flag in ("image_size", "patch_size", "saliency"):
+        typed = getattr(options, flag)
+        if typed is not None and protocol(config.mode).any_images:
+            raise BadInput(f"{flags.name_of(flag)}: in mode {config.mode} the run's own is kept; "
+                           "leave it out")
+        if typed is not None:
+            changes[flag] = typed
+    return settings.check(dataclasses.replace(config, dataset=options.dataset, **changes))
 
 
 def choose_lengths(options, config, names):
@@ -338,17 +393,9 @@ def choose_lengths(options, config, names):
     return tuple(sorted(lengths))
 
 
-def check_json(path):
-    """Refuse a --json that could not be written at the end."""
-    if path and not Path(path).absolute().parent.is_dir():
-        raise BadInput(f"--json {path}: its folder does not exist; make it first")
-    if path and Path(path).is_dir():
-        raise BadInput(f"--json {path}: is a folder; name a file in it")
-
-
 def result_path(options, run_dir):
     """Where the numbers go. A part of the probes does not replace the whole."""
-    if options.json:
+    if options.json is not None:
         return Path(options.json)
     words = ["probes", *(options.probe or [])]
     if options.dataset:
@@ -358,7 +405,7 @@ def result_path(options, run_dir):
 
 def parse(argv=None):
     """Options from the command line."""
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Probe a trained model.")
+    p = flags.Parser(prog="evaluate.py", description="Probe a trained model.")
     switch = argparse.BooleanOptionalAction
     p.add_argument("checkpoint", metavar="CHECKPOINT",
                    help="a run's last.pt; settings come from it")
@@ -379,7 +426,7 @@ def parse(argv=None):
     p.add_argument("--image-size", type=int, metavar="N",
                    help="with --probe transfer: its image size (default: its preset's)")
     p.add_argument("--patch-size", type=int, metavar="N",
-                   help="with --probe transfer: its patch size (default: its preset's)")
+                   help="with --probe transfer: its patch size (default: the run's)")
     p.add_argument("--saliency", metavar="S",
                    help="with --probe transfer: its saliency maps, as train.py's --saliency "
                         "(default: the run's)")
@@ -392,23 +439,27 @@ def parse(argv=None):
     p.add_argument("--figures", action="store_true",
                    help="draw the figures and report.html into the run's folder")
     options = p.parse_args(argv)
-    if options.views and min(options.views) < 1:
-        raise BadInput(f"--views {min(options.views)}: M_val must be at least 1")
-    if options.samplings < 1 or options.probe_epochs < 0 or (options.limit or 0) < 0:
-        raise BadInput("--samplings must be at least 1, --probe-epochs and --limit at least 0")
+    options.probe = list(dict.fromkeys(options.probe or []))        # each once, in their order
+    for M in options.views or []:
+        if not 1 <= M <= MOST_VIEWS:
+            raise BadInput(f"--views {M}: M_val must be at least 1 and at most {MOST_VIEWS}, "
+                           "ten times the papers' longest")
+    if not 1 <= options.samplings <= MOST_SAMPLINGS:
+        raise BadInput(f"--samplings {options.samplings}: must be at least 1 and at most "
+                       f"{MOST_SAMPLINGS}; an epoch sees one, and the papers' longest head takes "
+                       "300 epochs")
+    if not 0 <= options.probe_epochs <= MOST_EPOCHS:
+        raise BadInput(f"--probe-epochs {options.probe_epochs}: must be at least 0, the paper's, "
+                       f"and at most {MOST_EPOCHS:,}; the papers' longest take 300")
+    if options.limit is not None and options.limit < 0:
+        raise BadInput(f"--limit {options.limit}: must be at least 0, which means all")
     return options
 
 
 def main(argv=None):
-    """Exit status 0, or 2 for bad input."""
-    try:
-        return evaluate(parse(argv))
-    except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: out of memory; lower --limit or --samplings, or use --device cpu",
-              file=sys.stderr)
-    return 2
+    """Exit status 0, 2 for bad input, 128 + signal if stopped."""
+    less = "lower --limit, --samplings or --views, or use --device cpu"
+    return command.run(evaluate, parse, argv, less)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
@@ -41,6 +37,7 @@ BLACK = "#000000"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK)
 
 GALLERY = 1500      # validation samples that a figure of features shows at most
+LONGEST_NAME = 60   # characters of a class or a run that a figure shows
 FEW = 100           # with fewer points than this there are no neighbourhoods for UMAP to keep
 
 # Panels of curves.png: title -> columns of metrics.csv. A run shows the columns that it measured.
@@ -69,7 +66,7 @@ def draw_curves(run_dir):
             panels[title] = measured
 
     across = math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(2, across, figsize=(4.8 * across, 6), layout="constrained")
+    figure, axes = subplots(2, across, figsize=(4.8 * across, 6))
     for axis, (title, columns) in zip(axes.flat, panels.items()):
         for column, colour in zip(columns, CYCLE):
             epochs, values = zip(*curves[column])
@@ -97,8 +94,8 @@ def draw_scanpaths(views, config, path, count=6):
     fixations, patches = views.scanpaths(index, M + 1)
     patches = to_pixels(patches, views)
 
-    figure, axes = plt.subplots(count, M + 3, figsize=(max(7, 1.5 * (M + 3)), 1.55 * count),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(count, M + 3, figsize=(max(7, 1.5 * (M + 3)), 1.55 * count),
+                            squeeze=False)
     for row in range(count):
         image_axis, saliency_axis, *patch_axes = axes[row]
         image_axis.imshow(images[row].permute(1, 2, 0).numpy())
@@ -111,19 +108,21 @@ def draw_scanpaths(views, config, path, count=6):
     bare(axes)
     title_columns(axes, ["image", "saliency", *_view_titles(M)])
     ior = "with" if config.ior else "without"
-    figure.suptitle(f"Where it looked (as Fig. 3b): fixations from {config.saliency} saliency, "
-                    f"{ior} inhibition of return", fontsize=10)
+    figure.suptitle("Where it looked (as Fig. 3b): fixations from "
+                    f"{plain(config.saliency)} saliency, {ior} inhibition of return", fontsize=10)
     return save(figure, path)
 
 
 def _overlay_scanpath(axis, fixations, p):
     """Join and number the fixations [(row, column), ...] and frame each one's patch of side p."""
+    from matplotlib.patches import Rectangle
+
     rows, columns = zip(*fixations)
     axis.plot(columns, rows, color="white", linewidth=1)
     for number, (y, x) in enumerate(fixations, 1):
         colour = RED if number == len(fixations) else BLUE             # the last is to be predicted
         corner = (x - p // 2 - 0.5, y - p // 2 - 0.5)
-        axis.add_patch(plt.Rectangle(corner, p, p, fill=False, edgecolor=colour))
+        axis.add_patch(Rectangle(corner, p, p, fill=False, edgecolor=colour))
         axis.text(x, y, str(number), color="white", ha="center", va="center", fontsize=8,
                   bbox=dict(boxstyle="circle,pad=0.15", facecolor=colour, linewidth=0))
 
@@ -136,8 +135,8 @@ def draw_sequences(views, config, path, count=3):
     batch = views(index, M)
     pixels = to_pixels(batch.views, views)
 
-    figure, axes = plt.subplots(count, M + 1, figsize=(max(7, 2.6 * (M + 1)), 2.9 * count),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(count, M + 1, figsize=(max(7, 2.6 * (M + 1)), 2.9 * count),
+                            squeeze=False)
     for row in range(count):
         for axis, view in zip(axes[row], pixels[row]):
             axis.imshow(view)
@@ -200,8 +199,7 @@ def draw_retrieval(gallery, views, path, count=6):
     similarity[torch.arange(count), queries] = -2    # below any cosine: none is its own neighbour
     cosines, nearest = similarity.topk(min(3, len(z) - 1), dim=1)
 
-    figure, axes = plt.subplots(count, 4, figsize=(7, 1.85 * count),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(count, 4, figsize=(7, 1.85 * count), squeeze=False)
     for row, query in enumerate(queries):
         axes[row, 0].imshow(gallery.pixels[query].numpy())
         axes[row, 0].set_xlabel(_class_name(views, gallery.labels[query]), fontsize=8)
@@ -229,8 +227,7 @@ def draw_maps(gallery, views, config, path):
 
     down = 2 if views.maps else 1
     across = max(3, len(views.maps))
-    figure, axes = plt.subplots(down, across, figsize=(3.4 * across, 3.2 * down),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(down, across, figsize=(3.4 * across, 3.2 * down), squeeze=False)
     z_axis, agg_axis, legend_axis = axes[0, :3]
     _scatter_classes(z_axis, flat_z, gallery.labels, views)
     _scatter_classes(agg_axis, flat_agg, gallery.labels, views)
@@ -259,7 +256,8 @@ def draw_maps(gallery, views, config, path):
 def _scatter_classes(axis, points, labels, views):
     """The points of the first classes there are, as many as there are colours."""
     for colour, label in zip(CYCLE, labels.unique()):
-        axis.scatter(*points[labels == label].T, s=6, color=colour, linewidths=0,
+        mine = (labels == label).numpy()
+        axis.scatter(*points[mine].T, s=6, color=colour, linewidths=0,
                      label=_class_name(views, label))
 
 
@@ -277,7 +275,8 @@ def project(x):
 def _pca(x):
     x = x - x.mean(0)
     directions = torch.linalg.svd(x, full_matrices=False).Vh[:2]
-    return (x @ directions.T).numpy()
+    points = x @ directions.T
+    return F.pad(points, (0, 2 - len(directions))).numpy()         # one sample has one direction
 
 
 # ---------------------------------------------------------------- measured rows
@@ -288,7 +287,7 @@ def draw_lengths(rows, config, path):
     agg = by_length(rows, "classify")
     lengths = [M for M, _ in agg]
 
-    figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    figure, axis = subplots(figsize=(5, 4.2))
     for key, name, colour in (("value", "trained", BLUE), ("untrained", "untrained", ORANGE)):
         values = [r[key] for _, r in agg]
         axis.plot(lengths, values, color=colour, marker="o", label=f"z_agg, {name}")
@@ -305,7 +304,7 @@ def draw_path(rows, path):
     """Path integration against sequence length (Fig. 7): all inputs, no actions, no views."""
     path_rows = by_length(rows, "path")
 
-    figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    figure, axis = subplots(figsize=(5, 4.2))
     for ending, words, colour in (("", "views and actions", RED),
                                   (", no actions", "actions set to zero", BLUE),
                                   (", no views", "views set to zero", GREEN)):
@@ -335,7 +334,7 @@ def by_length(rows, probe):
     """The rows of a probe that name an inference length, as [(M_val, row), ...] by M_val."""
     found = []
     for row in rows:
-        named = re.search(r"M=(\d+)", row["from"])
+        named = re.search(r"M=(\d{1,4})\b", row["from"])
         if row["probe"] == probe and named:
             found.append((int(named[1]), row))
     return sorted(found, key=lambda pair: pair[0])
@@ -359,6 +358,30 @@ def draw_all(model, views, config, rows, run_dir, draw_views=draw_sequences):
 
 # ---------------------------------------------------------------- shared with the other figures
 
+def subplots(down=1, across=1, *, figsize, **options):
+    """A figure and its axes, as pyplot's; nothing has to be closed.
+
+    Matplotlib is imported where something is drawn: who only trains, or has mistyped a flag, does
+    not wait for it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(down, across, **options)
+
+
+def plain(words):
+    """Words that a user chose, such as the name of a class, as they can stand in a figure.
+
+    Matplotlib would set `$...$` as mathematics, leave a name with `_` before it out of legends, and
+    end in an error at what is no text."""
+    words = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(words))
+    if len(words) > LONGEST_NAME:
+        words = words[:LONGEST_NAME] + "\N{HORIZONTAL ELLIPSIS}"
+    if words.startswith("_"):
+        words = " " + words
+    return words.replace("$", r"\$")
+
+
 def spread(views, count):
     """`count` sample indices, evenly over the split."""
     return torch.linspace(0, len(views) - 1, count).long()
@@ -371,7 +394,7 @@ def to_pixels(images, views):
 
 
 def _class_name(views, label):
-    return str(views.classes[label]) if label >= 0 else "unlabelled"
+    return plain(views.classes[label]) if label >= 0 else "unlabelled"
 
 
 def bare(axes):
@@ -387,7 +410,6 @@ def title_columns(axes, titles):
 
 
 def save(figure, path):
-    """Write the figure and forget it.  -> path"""
+    """Write the figure.  -> path"""
     save_atomically(Path(path), lambda part: figure.savefig(part, dpi=110, format="png"))
-    plt.close(figure)
     return path

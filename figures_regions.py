@@ -13,7 +13,6 @@ training, a column a checkpoint, and regions.png of the last one; or both, on an
 
 Checked in tests/test_figures_regions.py.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -23,9 +22,11 @@ import torch.nn.functional as F
 from build import build_model, build_views
 from config import config_of
 from dseq_jepa import sequential
-from figures import BLUE, CYCLE, bare, plt, save, spread, title_columns, to_pixels
+from figures import BLUE, CYCLE, bare, save, spread, subplots, title_columns, to_pixels
+from plumbing import command, flags
+from plumbing.command import refuse_unwritable
 from plumbing.device import seed_all
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from plumbing.runs import load_checkpoint, restore
 from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
 
@@ -63,8 +64,7 @@ def draw_regions(model, views, config, path, count=6):
     region_style[N] = ("rest", REST)
     block_style = {1: ("c", BLUE)}
     block_style |= {k: (str(k - 1), CYCLE[k - 1]) for k in range(2, 6)}
-    figure, axes = plt.subplots(count, 6, figsize=(12.5, 2.05 * count),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(count, 6, figsize=(12.5, 2.05 * count), squeeze=False)
     for i in range(count):
         axes[i, 0].imshow(photos[i])
         axes[i, 1].imshow(saliency[i].numpy(), cmap="magma")
@@ -104,10 +104,12 @@ def _overlay(axis, photo, labels, style):
     """Colour the patches of a photo by label; write each label at its patch nearest to the centre.
 
     photo (S, S, 3), labels (H, W), style {label: (words, colour)}; other labels stay uncoloured."""
+    from matplotlib.colors import to_rgb
+
     side = photo.shape[0] // labels.shape[0]
     shade = torch.zeros(*labels.shape, 4)
     for label, (_, colour) in style.items():
-        shade[labels == label] = torch.tensor([*plt.matplotlib.colors.to_rgb(colour), 0.55])
+        shade[labels == label] = torch.tensor([*to_rgb(colour), 0.55])
     axis.imshow(photo)
     axis.imshow(shade.repeat_interleave(side, 0).repeat_interleave(side, 1).numpy())
     for label, (words, _) in style.items():
@@ -129,7 +131,7 @@ def draw_steps(model, views, config, path):
     losses = losses.nan_to_num(0)
     names = [f"R_{k}" for k in range(2, config.region_count)] + ["rest"]
 
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, axis = subplots(figsize=(5, 3.6))
     bars = axis.bar(names, losses.tolist(), color=BLUE)
     axis.bar_label(bars, [f"{n:,}" for n in images.tolist()], fontsize=8)
 
@@ -177,8 +179,7 @@ def draw_clusters(models, views, config, path, count=6, k=5):
     style = {label: ("", CYCLE[label - 1]) for label in range(1, k + 1)}
 
     across = 1 + len(models)
-    figure, axes = plt.subplots(count, across, figsize=(2.1 * across, 2.05 * count),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(count, across, figsize=(2.1 * across, 2.05 * count), squeeze=False)
     for i in range(count):
         axes[i, 0].imshow(photos[i])
     for column, (model, _) in enumerate(models, 1):
@@ -198,6 +199,9 @@ def _cluster(model, images, k, seed):
     tokens, = model.eval().target_encoder(images)
     patches = tokens[:, tokens.shape[1] - H * W:]                # without [CLS], if there is one
     patches = F.normalize(patches.float().cpu(), dim=2)
+    if not patches.isfinite().all():
+        raise BadInput("the features of patches are not finite; if the run diverged, give a "
+                       "checkpoint from before that")
     return k_means(patches.flatten(0, 1), k, seed).view(len(images), H, W)
 
 
@@ -220,6 +224,11 @@ def k_means(x, k, seed=0, steps=50):
 
 def draw_checkpoints(options):
     """Draw clusters.png of several checkpoints of one run, a column each, and regions.png."""
+    out = Path(options.out)
+    if not out.is_dir():
+        raise BadInput(f"--out {out}: no such folder; make it first")
+    for name in ("clusters.png", "regions.png"):
+        refuse_unwritable(out / name, "choose another --out")
     models = []
     for path in options.checkpoints:
         model, words, config = _load(path, options.data_dir)
@@ -228,14 +237,12 @@ def draw_checkpoints(options):
         if (model.encoder.grid, model.encoder.dim) != (first.encoder.grid, first.encoder.dim):
             raise BadInput(f"{path}: is not of the same run as {options.checkpoints[0]}; "
                            "give checkpoints of one run")
-    out = Path(options.out)
-    if not out.is_dir():
-        raise BadInput(f"--out {out}: no such folder; make it first")
     split = "train" if options.data_dir else "val"
     views = build_views(config, split, torch.device("cpu"))
-    print(f"drew {draw_clusters(models, views, config, out / 'clusters.png')}")
+    print(f"drew {printable(draw_clusters(models, views, config, out / 'clusters.png'))}")
     if config.cls and config.proxy == "cls":
-        print(f"drew {draw_regions(model, views, config, out / 'regions.png')}")
+        print(f"drew {printable(draw_regions(model, views, config, out / 'regions.png'))}")
+    return 0
 
 
 def _load(path, data_dir):
@@ -251,9 +258,9 @@ def _load(path, data_dir):
     return model, f"step {checkpoint['step']:,}", config
 
 
-def main(argv=None):
-    """Exit status 0, or 2 for bad input."""
-    p = argparse.ArgumentParser(
+def parse(argv=None):
+    """Options from the command line."""
+    p = flags.Parser(
         prog="figures_regions.py",
         description="Regions, and patch clusters over the course of training (Figs. 3, 6, 7).")
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
@@ -261,13 +268,12 @@ def main(argv=None):
     p.add_argument("--data-dir", metavar="DIR",
                    help="a folder of images to show instead of the run's own")
     p.add_argument("--out", metavar="DIR", default=".", help="where the figures go (default: here)")
-    options = p.parse_args(argv)
-    try:
-        draw_checkpoints(options)
-    except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    """Exit status 0, 2 for bad input, 128 + signal if stopped."""
+    return command.run(draw_checkpoints, parse, argv, less="give it fewer checkpoints")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     draw_transfer(files, path)      transfer: top-1 against M_val and against its cost (Fig. 15)
 
 Nothing calls them but a user who has such files: docs/evaluation.md says how to make them.
+They raise BadInput, naming the file, for one that evaluate.py has not written.
 Checked in tests/test_figures_runs.py.
 """
 import json
@@ -12,7 +13,13 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from figures import CYCLE, by_length, legend_below, plt, save
+from figures import CYCLE, by_length, legend_below, plain, save, subplots
+from plumbing.errors import BadInput
+
+WORDS = ("probe", "predicts", "from")                       # of a row
+NUMBERS = ("value", "untrained", "gmac", "patch_size")      # of a row; of others than transfer, if
+                                                            # they are there
+LARGEST = 1e9                                               # number that can be drawn
 
 
 def draw_heatmap(files, path):
@@ -21,6 +28,7 @@ def draw_heatmap(files, path):
     for result in map(_read, files):
         for M_val, row in by_length(result["rows"], "classify"):
             top1[result["config"]["views"], M_val] = row["value"]
+    refuse_nothing(top1, "classify")
     trained = sorted({M_tr for M_tr, _ in top1})
     probed = sorted({M_val for _, M_val in top1})
     table = []
@@ -28,7 +36,7 @@ def draw_heatmap(files, path):
         table.append([top1.get((M_tr, M_val), math.nan) for M_val in probed])
 
     width = max(3.5, 1.5 + 0.9 * len(probed))           # room for the title
-    figure, axis = plt.subplots(figsize=(width, 1.3 + 0.7 * len(trained)), layout="constrained")
+    figure, axis = subplots(figsize=(width, 1.3 + 0.7 * len(trained)))
     axis.imshow(table, cmap="viridis")
     for y, values in enumerate(table):
         for x, value in enumerate(values):
@@ -50,16 +58,17 @@ def draw_sweep(files, path):
     top1 = defaultdict(lambda: defaultdict(list))       # {(setting, M_val): {M_tr: values}}
     for result in map(_read, files):
         c = result["config"]
-        setting = f"{c['dataset']} {c['mode']}, condition {c['condition']}"
+        setting = f"{plain(c['dataset'])} {plain(c['mode'])}, condition {plain(c['condition'])}"
         for row in result["rows"]:
             if row["probe"] == "action":
                 scores[setting, row["predicts"]][c["views"]].append(row["value"])
         for M_val, row in by_length(result["rows"], "classify"):
             top1[setting, f"M_val {M_val}"][c["views"]].append(row["value"])
+    refuse_nothing([*scores, *top1], "action or classify")
     settings = sorted({setting for setting, _ in [*scores, *top1]})
 
     height = 3.6 + 0.18 * max(len(scores), len(top1))      # a row of the legend for every line
-    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained")
+    figure, axes = subplots(1, 2, figsize=(10, height))
     _plot_means(axes[0], scores, several_settings=len(settings) > 1)
     _plot_means(axes[1], top1, several_settings=len(settings) > 1)
 
@@ -76,7 +85,7 @@ def _plot_means(axis, lines, several_settings):
         colour = CYCLE[i % len(CYCLE)]
         lengths = sorted(values)
         means = [sum(values[M_tr]) / len(values[M_tr]) for M_tr in lengths]
-        label = f"{setting}: {what}" if several_settings else what
+        label = f"{setting}: {plain(what)}" if several_settings else plain(what)
         axis.plot(lengths, means, color=colour, label=label)
         dots = [(M_tr, value) for M_tr in lengths for value in values[M_tr]]
         axis.plot(*zip(*dots), "o", color=colour)
@@ -91,15 +100,18 @@ def draw_transfer(files, path):
     """Top-1 on another data set's classes (Fig. 15) against M_val, and against what it costs (B.6).
 
     files: one probes-transfer-*.json a line."""
-    height = 3.6 + 0.18 * len(files)
-    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained", sharey=True)
-    for i, result in enumerate(map(_read, files)):
+    results = [_read(file) for file in files]
+    refuse_nothing(results, "transfer")
+    height = 3.6 + 0.18 * len(results)
+    figure, axes = subplots(1, 2, figsize=(10, height), sharey=True)
+    for i, result in enumerate(results):
         colour = CYCLE[i % len(CYCLE)]
         measured = by_length(result["rows"], "transfer")
+        refuse_nothing(measured, "transfer")
         lengths = [M for M, _ in measured]
         rows = [r for _, r in measured]
         costs = [r["gmac"] for r in rows]
-        name = f"{result['config']['name']}, patches of {rows[0]['patch_size']} px"
+        name = f"{plain(result['config']['name'])}, patches of {rows[0]['patch_size']} px"
         trained = [r["value"] for r in rows]
         untrained = [r["untrained"] for r in rows]
         for axis, x in zip(axes, (lengths, costs)):
@@ -112,10 +124,42 @@ def draw_transfer(files, path):
     for axis in axes:
         axis.grid(alpha=0.3)
     legend_below(figure, axes[0])
-    figure.suptitle(f"Transfer to {result['dataset']} (as Fig. 15)", fontsize=11)
+    figure.suptitle(f"Transfer to {plain(result['dataset'])} (as Fig. 15)", fontsize=11)
     return save(figure, path)
 
 
+def refuse_nothing(found, probe):
+    """Raises BadInput if no file has rows of this probe."""
+    if not found:
+        raise BadInput(f"no row of --probe {probe} to draw; give the JSON that evaluate.py writes")
+
+
 def _read(file):
-    """What evaluate.py wrote."""
-    return json.loads(Path(file).read_text())
+    """What evaluate.py wrote.
+
+    Raises: BadInput if the file holds anything else."""
+    path = Path(file)
+    if not path.is_file():
+        raise BadInput(f"{path}: not found; expected the probes.json of a run")
+    try:
+        result = json.loads(path.read_text())
+        whole = _whole(result)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError):
+        whole = False                   # no JSON, or of another structure
+    if not whole:
+        raise BadInput(f"{path}: not what evaluate.py writes; give the probes.json of a run")
+    return result
+
+
+def _whole(result):
+    """Whether all that is drawn is there, words and numbers.
+
+    An error that it raises means that something is not there."""
+    c = result["config"]
+    words = [result.get("dataset", ""), c["dataset"], c["mode"], c["condition"], c["name"]]
+    numbers = [c["views"]]
+    for row in result["rows"]:
+        words += [row[key] for key in WORDS]
+        numbers += [row[key] for key in NUMBERS if key in row or row["probe"] == "transfer"]
+    in_reach = [abs(number) < LARGEST for number in numbers]
+    return all(in_reach) and all(isinstance(word, str) for word in words)

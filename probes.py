@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from plumbing.device import seed_all
@@ -126,6 +125,16 @@ def join(batches, samplings):
     return features._replace(labels=features.labels[0])             # the same in every sampling
 
 
+def not_finite(features):
+    """Names of the fields of Features, of any mode, that hold NaN or Inf."""
+    names = []
+    for name, value in features._asdict().items():
+        tensors = value.values() if isinstance(value, dict) else [value]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            names.append(name)
+    return names
+
+
 def measure_views(model, setup):
     """Features of both splits for the modes whose samples are sequences of views."""
     def features(split, samplings, seed):
@@ -196,18 +205,24 @@ def fit_head(kind, x, y, d_out, loss, setup):
 
 @torch.inference_mode()
 def accuracy(head, x, y):
-    """Top-1 in per cent, averaged over samplings.  x (S, N, d), y (N,)."""
-    return 100 * (head(x).argmax(-1) == y).float().mean().item()
+    """Top-1 in per cent, averaged over samplings; NaN if the head diverged.  x (S, N, d), y (N,)"""
+    scores = head(x)
+    if not scores.isfinite().all():
+        return float("nan")
+    return 100 * (scores.argmax(-1) == y).float().mean().item()
 
 
 def r2(prediction, target):
     """R^2 per output dimension: 1 - SSE/SST, (n, k), (n, k) -> (k,).  The paper reports its mean.
 
-    As scikit-learn: a constant target scores 1 if predicted exactly, else 0."""
+    As scikit-learn: a constant target scores 1 if predicted exactly, else 0. Constant is also what
+    varies by no more than float32 rounds."""
+    target = target.double()            # in float32 the mean of equal numbers is not quite theirs
     sse = (target - prediction).square().sum(0)
     sst = (target - target.mean(0)).square().sum(0)
+    rounding = torch.finfo(torch.float32).eps * target.abs().amax(0)
     score = 1 - sse / sst.clamp_min(torch.finfo(sst.dtype).tiny)
-    return torch.where(sst > 0, score, (sse == 0).to(score))
+    return torch.where(sst > len(target) * rounding.square(), score, (sse == 0).to(score))
 
 
 @torch.inference_mode()
@@ -387,7 +402,9 @@ def multiply_adds(model, views, M):
     """Multiply-adds to encode and aggregate M views of one image: the "flops" of B.6.
 
     A FLOP counter's number, halved."""
-    batch = views(torch.arange(2), M)
+    from torch.utils.flop_counter import FlopCounterMode  # not above: for this alone, 0.1 s
+
+    batch = views(torch.zeros(2, dtype=torch.long), M)
     model = copy.deepcopy(model).train()    # the counter does not see eval mode's fused transformer
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         z = model.encode(batch.views[:, :M])

@@ -264,10 +264,13 @@ def finetune(net, views, epochs, setup):
 
 @torch.inference_mode()
 def top1(net, views):
-    """Top-1 of a Classifier in per cent, on the images themselves."""
+    """Top-1 of a Classifier in per cent, on the images themselves; NaN if it diverged."""
     right = 0
     for some in torch.arange(len(views)).split(256):
-        right += (net(views.clean(some)).argmax(1) == views.labels_of(some)).sum()
+        scores = net(views.clean(some))
+        if not scores.isfinite().all():
+            return float("nan")
+        right += (scores.argmax(1) == views.labels_of(some)).sum()
     return 100 * right.item() / len(views)
 
 

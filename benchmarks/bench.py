@@ -43,8 +43,10 @@ from build import build_model
 from config import MODES
 from datasets import load
 from images import Part, Split
+from plumbing import command, flags
+from plumbing.command import is_out_of_memory, refuse_unwritable
 from plumbing.device import compile_all, pick_device, place, under_autocast
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from regions import ROUNDS, RULES, discriminative_regions
 from train import Rates, build_optimizer, training_step
@@ -74,6 +76,10 @@ TRAIN = {
 FAST_PATH = ("float32", "+ channels_last", "+ bf16", "+ compile")   # each on top of those before it
 WARM_UP = 3                     # steps before time is taken, and three times as many if compiled: a
                                 # region method meets a few sizes before it compiles no more
+BOUNDS = {                      # flag: the least and the most that makes sense on one machine
+    "threads": (1, 1024), "repeats": (1, 10_000), "images": (1, 100_000),
+    "batch_size": (0, 100_000), "workers": (0, 1024),
+}
 TAU = 0.996                     # EMA momentum of the measured steps
 PEAKS = {                       # dense bf16 FLOP/s, NVIDIA's data sheets
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
@@ -408,8 +414,8 @@ def keep(path, device, started, **found):
 
 def parser():
     """The command line; the sections are SECTIONS."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m benchmarks.bench", description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("sections", nargs="*", metavar="SECTION",
                    help=f"{', '.join(SECTIONS)} (default: all; on a CPU, without flops)")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
@@ -441,15 +447,25 @@ def parser():
 
 
 def check(options):
-    """Raises BadInput for an unknown section or a number that makes no sense."""
+    """Raises BadInput for an unknown section, a number that makes no sense or a bad --json."""
     for section in options.sections:
         if section not in SECTIONS:
             raise BadInput(f"{section}: no such section; choose of {', '.join(SECTIONS)}")
-    too_few = min(options.threads, options.repeats, options.images) < 1
-    negative = min(options.batch_size, options.workers) < 0
-    if too_few or negative or options.batch_size == 1:
-        raise BadInput("--threads, --repeats and --images must be at least 1, "
-                       "--batch-size at least 2, --workers at least 0")
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise BadInput(f"{flags.name_of(name)} {value}: must be at least {low} "
+                           f"and at most {high:,}")
+    if options.batch_size == 1:
+        raise BadInput("--batch-size 1: must be at least 2, or 0 for what fits the section")
+    if options.json is not None:
+        check_kept(options.json)
+
+
+def check_kept(path):
+    """Make the folder of a JSON file and refuse one that `keep` could not write."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(path, "choose another place", holds='"command"')
 
 
 def run(section, device, options):
@@ -457,26 +473,30 @@ def run(section, device, options):
     status = 0
     try:
         SECTIONS[section](device, options)
-    except BadInput as error:           # OpenCV absent, for example: the other sections need none
-        print(f"error: {section}: {error}", file=sys.stderr)
+    except (BadInput, OSError) as error:    # OpenCV absent, say: the other sections need none
+        print(printable(f"error: {section}: {error}"), file=sys.stderr)
         status = 2
-    except Exception:                   # a bug: who waits for a lent machine still gets the rest
-        traceback.print_exc()
+    except Exception as error:          # a bug: who waits for a lent machine still gets the rest
+        if is_out_of_memory(error):
+            print(f"error: {section}: out of memory; lower --batch-size", file=sys.stderr)
+        else:
+            traceback.print_exc()
         status = 1
     print()
     return status
 
 
-def main(argv=None):
-    """Print the tables. Exit status 0, 1 if a section broke off, 2 for bad input."""
+def parse(argv=None):
+    """Options from the command line."""
     options = parser().parse_args(argv)
+    check(options)
+    return options
+
+
+def bench(options):
+    """Print the tables.  -> 0, 1 if a section broke off, 2 for bad input."""
     started = time.monotonic()
-    try:
-        device = pick_device(options.device)
-        check(options)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = pick_device(options.device)
     on_gpu = device.type == "cuda"
     if options.full is None:
         options.full = on_gpu
@@ -491,10 +511,15 @@ def main(argv=None):
     for section in options.sections or (list(SECTIONS) if on_gpu else quick):
         with contextlib.redirect_stdout(Tee(sys.stdout, printed)):
             status = run(section, device, options) or status
-        if options.json:            # after every section: the next may outlast the machine's time
+        if options.json is not None:    # after every section: the next may outlast its time
             keep(options.json, device, started, threads=options.threads,
                  tables=printed.getvalue().splitlines())
     return status
+
+
+def main(argv=None):
+    """Exit status 0, 1 if a section broke off, 2 for bad input, 128 + signal if stopped."""
+    return command.run(bench, parse, argv, less="lower --batch-size")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ set -u
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-runs/gpu}
 PARTS="$*"
+for part in $PARTS; do
+    case $part in
+        smoke|numerics|speed|train) ;;
+        *) echo "error: $part: no such part; choose of smoke numerics speed train" >&2; exit 2 ;;
+    esac
+done
 mkdir -p "$OUT"
 status=0
 

@@ -22,11 +22,21 @@ from pathlib import Path
 import torch
 
 import config as settings
-from benchmarks.bench import TRAIN, keep, make_views, one_line, trainer, wait
+from benchmarks.bench import (
+    BOUNDS,
+    TRAIN,
+    check_kept,
+    keep,
+    make_views,
+    one_line,
+    trainer,
+    wait,
+)
 from build import build_model
 from config import MODES, REGION_METHODS
+from plumbing import command, flags
 from plumbing.device import compile_all, pick_device, place, seed_all
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 
 SYNC = "called a synchronizing CUDA operation"      # each warning of set_sync_debug_mode says so
 STEPS = 20
@@ -147,8 +157,8 @@ def summary(name, result):
 
 def parser():
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m benchmarks.smoke", description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE",
                    help="of " + ", ".join(f'"{name}"' for name in CASES))
@@ -162,16 +172,20 @@ def parser():
     return p
 
 
-def main(argv=None):
-    """Exit status 0, 1 if a case failed, 2 for bad input."""
+def parse(argv=None):
+    """Options from the command line."""
     options = parser().parse_args(argv)
-    try:
-        device = pick_device(options.device)
-        if options.batch_size is not None and options.batch_size < 2:
-            raise BadInput(f"--batch-size {options.batch_size}: must be at least 2")
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    most = BOUNDS["batch_size"][1]
+    if options.batch_size is not None and not 2 <= options.batch_size <= most:
+        raise BadInput(f"--batch-size {options.batch_size}: must be at least 2 "
+                       f"and at most {most:,}")
+    check_kept(Path(options.out) / "smoke.json")
+    return options
+
+
+def run(options):
+    """Try the cases.  -> 0, 1 if one failed."""
+    device = pick_device(options.device)
     started = time.monotonic()
     on_gpu = device.type == "cuda"
     backend = options.backend or ("inductor" if on_gpu else "none")
@@ -187,8 +201,13 @@ def main(argv=None):
         print(summary(name, results[name]), flush=True)
         # After every case: a time limit may end this.
         keep(path, device, started, compile=backend, bf16=on_gpu, cases=results)
-    print(f"{path}: {len(results)} cases in {time.monotonic() - started:.0f} s")
+    print(f"{printable(path)}: {len(results)} cases in {time.monotonic() - started:.0f} s")
     return int(any(result["wrong"] for result in results.values()))
+
+
+def main(argv=None):
+    """Exit status 0, 1 if a case failed, 2 for bad input, 128 + signal if stopped."""
+    return command.run(run, parse, argv, less="lower --batch-size")
 
 
 if __name__ == "__main__":

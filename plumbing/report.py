@@ -1,9 +1,9 @@
 """One page about a run, to send to a colleague: report.html holds all that it shows.
 
-    write_report(run_dir, result)       the table of what evaluate.py measured, the run's *.png and
-                                        its config.json; nothing else is needed to view it
+    write_report(run_dir, result)       the table and the settings that evaluate.py found, and the
+                                        run's *.png; nothing else is needed to view it
 
-Checked in tests/test_figures.py.
+All that comes from a file or a user is escaped. Checked in tests/test_figures.py.
 """
 import base64
 import json
@@ -26,23 +26,24 @@ FIRST = ("views.png", "curves.png")             # what a reader wants first; the
 
 def write_report(run_dir, result):
     """Write run_dir/report.html and return its path.  result: the content of probes.json."""
-    config = json.loads((run_dir / "config.json").read_text())
-    name = escape(config["name"])
+    config = result["config"]               # the checkpoint's own: config.json could be another's
+    said = {key: escape(str(value)) for key, value in config.items()}
+    name = said["name"]
     told = ""
     if config["mode"] != "regions":
-        told = f", condition {config['condition']}, M = {config['views']}"
+        told = f", condition {said['condition']}, M = {said['views']}"
     page = [
         f"<!doctype html><meta charset='utf-8'><title>{name}</title><style>{STYLE}</style>",
         f"<h1>{name}</h1>",
-        f"<p>{escape(config['method'])} on {escape(config['dataset'])}, "
-        f"mode {escape(config['mode'])}{escape(told)}; "
-        f"{result['step']:,} steps, batch {config['batch_size']}.</p>",
+        f"<p>{said['method']} on {said['dataset']}, mode {said['mode']}{told}; "
+        f"{result['step']:,} steps, batch {said['batch_size']}.</p>",
         "<h2>Probes</h2>",
         _table(result["rows"]),
         f"<p>{result['n_train']:,} training and {result['n_val']:,} validation samples, "
         f"{result['samplings']} view samplings; features of the frozen model; "
         "untrained: the same probe on a randomly initialised model. "
         "Every head trained as its row says.</p>",
+        *(f"<p>{escape(remark)}</p>" for remark in result["remarks"]),
     ]
     for path in _pictures(run_dir):
         data = base64.b64encode(path.read_bytes()).decode()
@@ -50,13 +51,15 @@ def write_report(run_dir, result):
                     f"<img alt='{escape(path.stem)}' src='data:image/png;base64,{data}'>")
     settings = escape(json.dumps(config, indent=1))
     page.append(f"<details><summary>All settings</summary><pre>{settings}</pre></details>")
-    save_atomically(run_dir / "report.html", lambda part: part.write_text("\n".join(page)))
+    # A name that is no UTF-8 becomes question marks, and the page stays readable.
+    text = "\n".join(page).encode("utf-8", "replace")
+    save_atomically(run_dir / "report.html", lambda part: part.write_bytes(text))
     return run_dir / "report.html"
 
 
 def _pictures(run_dir):
     """The run's figures in the order of the page."""
-    by_name = {path.name: path for path in sorted(run_dir.glob("*.png"))}
+    by_name = {path.name: path for path in sorted(run_dir.glob("*.png")) if path.is_file()}
     first = [by_name.pop(name) for name in FIRST if name in by_name]
     return [*first, *by_name.values()]
 

@@ -138,7 +138,7 @@ def _verify(path):
 
 def _advice(path):
     """What to do where a checkpoint cannot be loaded."""
-    previous = path.with_name("previous.pt")
+    previous = path.parent / "previous.pt"
     if path.name != "last.pt" or not previous.is_file():
         return "expected the last.pt of a run of this project"
     try:

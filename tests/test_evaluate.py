@@ -163,21 +163,40 @@ def test_papers_csv_names_settings_and_rows_that_exist():
 
 
 def test_the_paper_s_numbers_are_beside_the_paper_s_settings_alone():
-    config = settings.Config(**settings.preset("stl10", "saccade"))
+    paper_s = settings.preset("stl10", "saccade") | dict(saliency="deepgaze")
+    config = settings.check(settings.Config(**paper_s))
     published = evaluate.paper_numbers(config)
     assert published == {
         ("classify", "class", "z"): 81.20, ("classify", "class", "z_agg M=1"): 71.45,
         ("classify", "class", "z_agg M=4"): 83.44, ("classify", "class", "z_agg M=6"): 84.12}
     blind = evaluate.paper_numbers(dataclasses.replace(config, condition="none"))
     assert blind.keys() < published.keys() and blind["classify", "class", "z"] == 61.38
-    for other in (dict(views=3), dict(epochs=1), dict(limit=9), dict(saliency="uniform"),
-                  dict(ior=False), dict(width=16)):
-        assert evaluate.paper_numbers(dataclasses.replace(config, **other)) == {}
+    maps = dataclasses.replace(config, saliency="maps/of/deepgaze")
+    assert evaluate.paper_numbers(maps) == published
     assert evaluate.paper_numbers(settings.Config(**settings.preset("solids", "saccade"))) == {}
-    large = settings.Config(**settings.preset("imagenet", "regions") | dict(encoder="vit-huge"))
-    assert evaluate.paper_numbers(large) == {}
-    large = dataclasses.replace(large, image_size=448, epochs=300)
+    large = settings.preset("imagenet", "regions") | dict(encoder="vit-huge")
+    assert evaluate.paper_numbers(settings.check(settings.Config(**large))) == {}
+    large = settings.check(settings.Config(**large | dict(image_size=448, epochs=300)))
     assert list(evaluate.paper_numbers(large).values()) == [82.4, 87.8]
+
+
+ANOTHER = {int: 7, float: 0.123, str: "another", bool: None}      # values that the preset has not
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(settings.Config), ids=lambda field: field.name)
+def test_the_paper_s_column_goes_with_every_field_that_teaches(field, monkeypatch):
+    """A flag that is added later, too, takes the column away, or has to be named."""
+    if field.name in ("dataset", "mode"):
+        return                                              # these choose the row
+    monkeypatch.setattr(settings, "check", lambda config: config)
+    config = settings.Config(**settings.preset("stl10", "saccade") | dict(saliency="deepgaze"))
+    value = ANOTHER[field.type]
+    if field.type is bool:
+        value = not getattr(config, field.name)
+    if field.name == "saliency":
+        value = "signature"                                 # a folder of maps may be DeepGaze's
+    changed = dataclasses.replace(config, **{field.name: value})
+    assert bool(evaluate.paper_numbers(changed)) == (field.name in evaluate.NOT_LEARNED)
 
 
 def test_table_is_aligned_and_says_what_is_missing():
@@ -212,7 +231,7 @@ def test_table_is_aligned_and_says_what_is_missing():
             ],
             "--patch-size 90 is larger",
         ),
-        (["--image-size", "40"], "--image-size and --patch-size: only with --probe transfer"),
+        (["--image-size", "40"], "--image-size: only with --probe transfer"),
         (
             [
                 "--probe",
@@ -227,11 +246,11 @@ def test_table_is_aligned_and_says_what_is_missing():
             ],
             "--figures: shows the run's own data",
         ),
-        (["--json", "nowhere/x.json"], "--json nowhere/x.json: its folder does not exist"),
-        (["--json", "/"], "--json /: is a folder"),
-        (["--limit", "-5"], "--limit at least 0"),
+        (["--json", "nowhere/x.json"], "nowhere/x.json: its folder does not exist"),
+        (["--json", "/"], "/: is no plain file"),
+        (["--limit", "-5"], "--limit -5: must be at least 0"),
         (["--views", "0"], "--views 0: M_val must be at least 1"),
-        (["--samplings", "0"], "--samplings must be at least 1"),
+        (["--samplings", "0"], "--samplings 0: must be at least 1"),
         (["--data-dir", "nowhere"], "nowhere: not found"),
         (["--device", "abacus"], "--device abacus"),
     ],

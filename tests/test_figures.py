@@ -1,12 +1,13 @@
 """Figures are drawn from plain files and features, in every case that can occur; the report needs
 nothing else."""
-import json
 import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import figures
 from build import build_model
@@ -72,7 +73,7 @@ def test_nearest_neighbours_are_the_nearest(tmp_path, monkeypatch):
         torch.arange(9),
     )
     words = []
-    monkeypatch.setattr(figures.plt.Axes, "set_xlabel", lambda self, text, **kw: words.append(text))
+    monkeypatch.setattr(Axes, "set_xlabel", lambda self, text, **kw: words.append(text))
     views = type("V", (), dict(classes=list("abcdefghi")))
     assert drawn(figures.draw_retrieval(gallery, views, tmp_path / "r.png", count=3))
     assert words[0] == "a" and [w[0] for w in words[1:4]] == ["b", "c", "d"]
@@ -102,13 +103,13 @@ def test_a_mode_from_outside_is_drawn_as_far_as_rows_allow(maps, make_config, ma
     model = build_model(config, views.groups)
     config = SimpleNamespace(mode="shift", condition="shift", views=2, seed=0)
     titles = []
-    original = figures.plt.Axes.set_title
+    original = Axes.set_title
 
     def set_title(self, text, **kw):
         titles.append(text)
         return original(self, text, **kw)
 
-    monkeypatch.setattr(figures.plt.Axes, "set_title", set_title)
+    monkeypatch.setattr(Axes, "set_title", set_title)
 
     def names(rows):
         paths = list(figures.draw_all(model, views, config, rows, tmp_path))
@@ -156,7 +157,7 @@ def test_maps_use_umap_where_there_is_one_and_say_so(n, method, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=FakeUMAP))
     titles = []
     monkeypatch.setattr(
-        figures.plt.Figure, "suptitle", lambda self, text, **kw: titles.append(text)
+        Figure, "suptitle", lambda self, text, **kw: titles.append(text)
     )
     gallery = figures.Gallery(
         torch.rand(n, 4, 4, 3),
@@ -186,13 +187,14 @@ def test_report_is_one_file_with_table_figures_and_settings(tmp_path):
         views=3,
         batch_size=8,
     )
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    page = write_report(
-        tmp_path, dict(step=7, n_train=5, n_val=2, samplings=1, rows=rows())
-    ).read_text()
+    result = dict(
+        config=config, step=7, n_train=5, n_val=2, samplings=1, remarks=["so & so"], rows=rows()
+    )
+    page = write_report(tmp_path, result).read_text()
     assert (
         page.count("data:image/png;base64,") == 3
         and page.count("<tr>") == 1 + len(rows())
         and "a &lt;b&gt;" in page
     )
+    assert "<p>so &amp; so</p>" in page
     assert not re.search(r"""(src|href)=['"](?!data:)""", page)

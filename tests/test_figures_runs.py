@@ -2,10 +2,10 @@
 import json
 
 import pytest
+from matplotlib.axes import Axes
 from test_figures import drawn, rows
 
 import figures_runs
-from figures import plt
 from probes import row
 
 
@@ -13,11 +13,14 @@ def test_heatmap_puts_each_run_in_its_cell(tmp_path, monkeypatch):
     files = []
     for M_tr in (1, 3):
         files.append(tmp_path / f"{M_tr}.json")
-        files[-1].write_text(json.dumps(dict(config=dict(views=M_tr), rows=rows())))
+        config = dict(
+            dataset="folder", mode="saccade", condition="none", views=M_tr, name=f"M{M_tr}"
+        )
+        files[-1].write_text(json.dumps(dict(config=config, rows=rows())))
     shown = []
-    original = plt.Axes.imshow
+    original = Axes.imshow
     monkeypatch.setattr(
-        plt.Axes,
+        Axes,
         "imshow",
         lambda self, values, **kw: shown.append(values) or original(self, values, **kw),
     )
@@ -28,14 +31,14 @@ def test_heatmap_puts_each_run_in_its_cell(tmp_path, monkeypatch):
 @pytest.fixture
 def plotted(monkeypatch):
     """What Axes.plot is given, {label: (x, y)} of the labelled lines."""
-    lines, original = {}, plt.Axes.plot
+    lines, original = {}, Axes.plot
 
     def plot(self, x, y, *args, **kw):
         if "label" in kw:
             lines.setdefault(kw["label"], []).append((x, y))
         return original(self, x, y, *args, **kw)
 
-    monkeypatch.setattr(plt.Axes, "plot", plot)
+    monkeypatch.setattr(Axes, "plot", plot)
     return lines
 
 

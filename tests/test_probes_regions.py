@@ -191,7 +191,7 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
         ("cls", "[CLS]"),
         ("finetune", "mean patch token, all weights"),
     ]
-    config = settings.Config(**settings.preset("imagenet", "regions"))
+    config = settings.check(settings.Config(**settings.preset("imagenet", "regions")))
     published = evaluate.paper_numbers(config)
     for other in (dict(epochs=1), dict(limit=9), dict(regions="random")):
         assert evaluate.paper_numbers(dataclasses.replace(config, **other)) == {}
@@ -240,7 +240,7 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
             ["--probe", "classify"],
             "does not apply to mode regions; choose from linear, knn, cls, finetune",
         ),
-        (["--dataset", "folder", "--patch-size", "4"], "a ViT's are fixed"),
+        (["--dataset", "folder", "--patch-size", "4"], "the run's own is kept"),
         (["--probe", "transfer"], "does not apply"),
     ):
         assert evaluate.main([str(run / "last.pt"), *flags]) == 2
