@@ -7,3 +7,15 @@ it.
 
 class BadInput(Exception):
     """Something the user can mend. It names the file or flag, what was expected, what to do."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
+def printable(text):
+    r"""Text as one line that a terminal shows and does not obey.
+
+    Names of files may hold line ends, control characters, bytes that are no UTF-8: all of these
+    become escapes such as \x1b."""
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)]
+    return "".join(shown)
