@@ -8,6 +8,7 @@ Sections are those of the seq-JEPA paper; in mode `regions`, those of the DSeq-J
 numbers lost from its text are I-JEPA's. Checked in tests/test_config.py.
 """
 import dataclasses
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,14 @@ QUICK_SOLIDS = {
     "regions": dict(limit=4000, object_views=2),
 }
 
+# Upper bounds of flags lie far above what the papers do and what trains within a lifetime: a slip
+# of the finger is refused before anything is read, rendered or built.
+MOST_PIXELS = 4096              # side of an image: 50 MB each
+MOST_EPOCHS = 1_000_000
+MOST_IMAGES = 1_000_000_000
+LONGEST_NAME = 200              # bytes; file systems take 255
+MOST_PATCHES = 128              # a side of a ViT's grid, attention then has 16,384 tokens
+
 # Under which settings a flag is read; of modes, the classes themselves say it (`reads`).
 SEQ = dict(method=SEQ_METHODS)
 VIT = dict(method=REGION_METHODS)
@@ -110,10 +119,11 @@ class Config:
     mode: str = flag("saccade", "what a view and an action are", choices=MODES)
     condition: str = flag("position", "actions the model is told; the rest are only probed")
     views: int = flag(4, "M, observed views of a training sequence; view M+1 is predicted",
-                      low=1, metavar="M", of=SEQ)
+                      low=1, high=100, metavar="M", of=SEQ)
     data_dir: str = flag("data", "where the data is, or is put", metavar="DIR")
-    image_size: int = flag(96, "side of the stored image, pixels", low=8)
-    patch_size: int = flag(32, "side of a foveal patch or of a ViT's patch, pixels", low=4)
+    image_size: int = flag(96, "side of the stored image, pixels", low=8, high=MOST_PIXELS)
+    patch_size: int = flag(32, "side of a foveal patch or of a ViT's patch, pixels", low=4,
+                           high=MOST_PIXELS)
     saliency: str = flag("signature",
                          "signature | uniform | deepgaze | a folder of saliency_SPLIT.npy")
     ior: bool = flag(True, "inhibition of return")
@@ -121,9 +131,9 @@ class Config:
                                  low=0, high=3.1416, of=SOLIDS)
     hue_range: float = flag(1.0, "spread of floor and light hues: 1 = any hue, 0 = always the same",
                             low=0, high=1, of=SOLIDS)
-    object_views: int = flag(50, "renders per object", low=1, of=SOLIDS)
+    object_views: int = flag(50, "renders per object", low=1, high=1000, of=SOLIDS)
     limit: int = flag(0, "use N images or objects of each split, a seeded class-balanced choice; "
-                         "0 = all", low=0)
+                         "0 = all", low=0, high=MOST_IMAGES)
     download: bool = flag(True, "fetch the data when absent", of=FETCHED)
 
     method: str = flag("seq-jepa", "what is trained", choices=SEQ_METHODS + REGION_METHODS,
@@ -131,15 +141,15 @@ class Config:
     encoder: str = flag("resnet18", "f_theta: resnet18, in mode regions a vit",
                         choices=("resnet18", *VITS))
     width: int = flag(64, "channels of the ResNet's first stage; z has 8 times as many",
-                      low=1, of=SEQ)
+                      low=1, high=1024, of=SEQ)
     stem: str = flag("auto", "cifar: 3x3; imagenet: 7x7 and pooling; strided: 3x3 with stride 2; "
                              "auto: cifar up to 48 px, else imagenet",
                      choices=("auto", "cifar", "imagenet", "strided"), of=SEQ)
     z_norm: bool = flag(False, "BatchNorm without affine on z (ours, for short runs; see "
                                "docs/experiments.md)", of=SEQ)
-    action_dim: int = flag(128, "E, width of an action embedding", low=1, of=SEQ)
+    action_dim: int = flag(128, "E, width of an action embedding", low=1, high=8192, of=SEQ)
     agg_hidden: int = flag(2048, "feed-forward width of the aggregator (PyTorch's default)",
-                           low=1, of=SEQ)
+                           low=1, high=65_536, of=SEQ)
     action_in: str = flag("both", "which parts see the actions (Table 4)",
                           choices=("both", "predictor", "aggregator", "none"), of=SEQ)
     action_embed: str = flag("linear", "linear: learned; raw: the numbers themselves; "
@@ -161,37 +171,40 @@ class Config:
                                   "0 = 10 of 12, scaled to the encoder's depth", of=VIT)
     cls: bool = flag(True, "a [CLS] token (Table 6)", of=VIT)
     predictor_width: int = flag(0, "width of the region predictor; 0 = as I-JEPA for this encoder",
-                                of=VIT)
-    predictor_depth: int = flag(0, "its blocks; 0 = as I-JEPA for this encoder", of=VIT)
+                                low=0, high=8192, of=VIT)
+    predictor_depth: int = flag(0, "its blocks; 0 = as I-JEPA for this encoder",
+                                low=0, high=100, of=VIT)
     crop_scale: float = flag(0.3, "least area of a random resized crop, as a share of the image",
                              low=0, above=True, high=1)
 
-    epochs: int = flag(DEFAULT_EPOCHS, "passes over the data", low=1,
+    epochs: int = flag(DEFAULT_EPOCHS, "passes over the data", low=1, high=MOST_EPOCHS,
                        section="Optimisation (Sec. 4.2)")
-    batch_size: int = flag(512, "sequences per step", low=2)
+    batch_size: int = flag(512, "sequences per step", low=2, high=1_000_000)
     lr: float = flag(4e-4, "peak learning rate", low=0, above=True, high=1000)
     lr_start: float = flag(1e-5, "learning rate at the first step", low=0, high=1000)
     lr_end: float = flag(1e-5, "learning rate at the last step", low=0, high=1000)
     weight_decay: float = flag(1e-3, "AdamW; none on biases and norms", low=0, high=1000)
     weight_decay_end: float = flag(-1.0, "decay at the last step, on a cosine; -1 = constant",
                                    low=-1, high=1000)
-    warmup_epochs: int = flag(20, "linear warm-up", low=0)
+    warmup_epochs: int = flag(20, "linear warm-up", low=0, high=MOST_EPOCHS)
     ema: float = flag(0.996, "tau at the first step; rises to 1", low=0, high=1)
     ema_shape: str = flag("cosine", "how it rises", choices=("cosine", "linear"))
 
-    workers: int = flag(0, "threads that decode image files; 0 = one per core", low=0,
+    workers: int = flag(0, "threads that decode image files; 0 = one per core", low=0, high=1024,
                         section="The run")
     resident: str = flag("auto", "images on the device: yes, all; no, batch by batch, read ahead; "
                                  "auto: yes if they fit in half its free memory",
                          choices=("auto", "yes", "no"))
     keep_every: int = flag(0, "keep the checkpoint of every K-th epoch as epoch-K.pt; 0 = none",
-                           low=0, metavar="K")
-    seed: int = flag(0, "of weights, order and views; splits are the same for every seed", low=0)
+                           low=0, high=MOST_EPOCHS, metavar="K")
+    seed: int = flag(0, "of weights, order and views; splits are the same for every seed", low=0,
+                     high=2**64 - 1)
     quick: bool = flag(False, "a laptop-sized run: smaller encoder, images and data")
     device: str = flag("auto", "auto | cpu | cuda | mps")
     amp: bool = flag(True, "bfloat16 autocast, on CUDA")
     compile: bool = flag(None, "torch.compile; None: on CUDA only")
-    probe_every: int = flag(0, "online probes every K epochs; 0 = never", low=0, metavar="K")
+    probe_every: int = flag(0, "online probes every K epochs; 0 = never",
+                            low=0, high=MOST_EPOCHS, metavar="K")
     out: str = flag("runs", "folder of runs", metavar="DIR")
     name: str = flag("", "folder of this run inside --out; '': DATASET-MODE[-CONDITION]")
     resume: bool = flag(False, "continue the run of this name exactly where it stopped; begin it "
@@ -256,12 +269,12 @@ def from_command_line(argv=None):
 def config_of(checkpoint, **changes):
     """The Config stored in a checkpoint, with `changes`.
 
-    Raises: BadInput if it has settings that this code does not know."""
-    unknown = checkpoint["config"].keys() - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise BadInput("the checkpoint has settings that this code does not know "
-                       f"({', '.join(sorted(unknown))}); use the code it was made with")
-    return dataclasses.replace(Config(**checkpoint["config"]), **changes)
+    Raises: BadInput if it has settings that this code does not know, or no flag gives."""
+    try:
+        stored = flags.restored(Config, checkpoint["config"])
+    except BadInput as error:
+        raise BadInput(f"the checkpoint has {error}") from None
+    return dataclasses.replace(stored, **changes)
 
 
 def readers(field):
@@ -280,10 +293,26 @@ def check(config):
         config = check_regions(config)
     flags.check_bounds(config)
     check_views(config)
-    if config.name and Path(config.name).name != config.name:
-        raise BadInput(f"--name {config.name}: expected a plain folder name; "
-                       "use --out for the folder it goes in")
+    check_paths(config)
     return dataclasses.replace(config, name=config.name or default_name(config))
+
+
+def check_paths(c):
+    """Names can be shown and written, and the run lies in --out, in a folder of its own."""
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if field.type is str and any(unicodedata.category(x) in ("Cc", "Cs") for x in value):
+            raise BadInput(f"{flags.name_of(field.name)} {value!r}: has control characters or is "
+                           "no UTF-8; give it another name")
+    for name in ("data_dir", "out"):
+        if not getattr(c, name):
+            raise BadInput(f"{flags.name_of(name)} '': expected a folder; . is the present one")
+    if c.name and (Path(c.name).name != c.name or c.name == ".."):
+        raise BadInput(f"--name {c.name}: expected a plain folder name; "
+                       "use --out for the folder it goes in")
+    if len(c.name.encode()) > LONGEST_NAME:
+        raise BadInput(f"--name {c.name:.20}...: {len(c.name.encode())} bytes long, expected at "
+                       f"most {LONGEST_NAME}; choose a shorter one")
 
 
 def check_mode(c):
@@ -346,6 +375,9 @@ def check_grid(c):
     if side < 4:
         raise BadInput(f"--patch-size {c.patch_size}: gives {side} patches a side, at least 4 are "
                        "needed for regions; lower it or raise --image-size")
+    if side > MOST_PATCHES:
+        raise BadInput(f"--patch-size {c.patch_size}: gives {side:,} patches a side, at most "
+                       f"{MOST_PATCHES} can be attended to; raise it or lower --image-size")
     if not 2 <= c.region_count <= 9:
         raise BadInput(f"--region-count {c.region_count}: expected 2, one to see and one to "
                        "predict, to 9")

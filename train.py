@@ -21,12 +21,15 @@ import config as settings
 from build import build_model, build_views
 from evaluate import online, protocol
 from figures import draw_curves
+from plumbing.device import refuse_giant
 from plumbing.loop import Run, launch, next_batch
 
 
 def train(config):
     """One pre-training, from settings to trained weights. Returns the exit status."""
     protocol(config.mode)               # refuses a mode that could not be looked at afterwards
+    groups = settings.MODES[config.mode].groups
+    refuse_giant(lambda: build_model(config, groups), config.device)
     run = Run(config, build_views, each_epoch=online, at_the_end=draw_curves)
     model = run.place(build_model(config, run.views.groups))
     optimizer = build_optimizer(model, config, run.device)

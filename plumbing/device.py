@@ -2,12 +2,16 @@
 
 Nothing in here is about JEPA. Checked in tests/test_device.py.
 """
+import errno
+import os
+
 import numpy as np
 import torch
 from torch import nn
 
 from plumbing.errors import BadInput
 
+TRAINED = 16        # bytes a trained number takes: itself, its gradient, AdamW's two moments
 NARROW = 8          # channels; see `memory_format`
 
 
@@ -17,13 +21,13 @@ def pick_device(name):
                      cpu=True)
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    kind, _, number = name.partition(":")
-    if not available.get(kind, False):
+    kind, colon, number = name.partition(":")
+    if not available.get(kind, False) or colon and kind != "cuda":
         raise BadInput(f"--device {name}: not available here; use auto, cpu, cuda or mps")
-    count = torch.cuda.device_count()
-    if name.startswith("cuda:") and not (number.isdigit() and int(number) < count):
-        raise BadInput(f"--device {name}: there are {count} CUDA devices, "
-                       f"cuda:0 to cuda:{count - 1}")
+    numbers = [str(i) for i in range(torch.cuda.device_count())]
+    if colon and number not in numbers:
+        raise BadInput(f"--device {name}: there are {len(numbers)} CUDA devices, "
+                       f"cuda:0 to cuda:{len(numbers) - 1}")
     return torch.device(name)
 
 
@@ -40,6 +44,47 @@ def seed_all(*where):
     """Seed every generator from integers such as (seed, epoch, step); nothing else seeds."""
     seed = np.random.SeedSequence(where).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
+
+
+# ---------------------------------------------------------------- memory
+
+def refuse_giant(build, device_name):
+    """Raises BadInput if the model that build() returns cannot be trained in the memory there is.
+
+    It is built without memory, on PyTorch's device "meta". Activations come on top: nobody knows
+    before a step how much they take."""
+    with torch.device("meta"):
+        model = build()
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    for weights in model.parameters():
+        size += weights.numel() * TRAINED if weights.requires_grad else weights.nbytes
+    device = pick_device(device_name)
+    room = memory_of(device)
+    if size > room:
+        raise BadInput(f"a model of this size takes {size / 1e9:,.1f} GB to train and {device} has "
+                       f"{room / 1e9:,.1f} GB; lower the widths and depths")
+
+
+def memory_of(device):
+    """Bytes of memory that a device has, used or not; infinite where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the memory of the device or of the machine does not suffice.
+
+    PyTorch has a type for it on CUDA only; elsewhere there are words."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED",
+             "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 # ---------------------------------------------------------------- models on a device

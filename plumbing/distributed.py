@@ -192,6 +192,14 @@ def first_failure(status):
     return first == claim, int(first.split()[1])
 
 
+def has_lost_a_rank(error):
+    """Whether an exception says that another rank cannot be reached: it was killed, say."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+             "NCCL communicator was aborted", "remote process exited")
+    return (world_size() > 1 and isinstance(error, RuntimeError)
+            and any(word in str(error) for word in words))
+
+
 # ---------------------------------------------------------------- between devices
 
 class _Gather(torch.autograd.Function):

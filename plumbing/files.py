@@ -1,13 +1,22 @@
 """Whole files or none: how a file is written so that no crash leaves half of it.
 
 A process may be killed at any instant. So every file is written under another name,
-NAME.HOST-PID.part, flushed to the disk, and renamed when whole.
+NAME.HOST-PID.part, flushed to the disk, and renamed when whole. `lock` keeps a folder for one
+process.
 Checked in tests/test_runs.py and, by kill -9, in tests/test_kill.py.
 """
 import os
 import platform
 import re
 
+try:
+    import fcntl
+except ImportError:                     # Windows: nothing is locked there
+    fcntl = None
+
+from plumbing.errors import BadInput
+
+LOCK = ".lock"
 
 def save_atomically(path, write, keep=None):
     """Call write(temporary path), flush it to disk, then rename it to `path` in one step.
@@ -67,3 +76,39 @@ def _alive(pid):
     except PermissionError:                     # another user's
         pass
     return True
+
+
+# ---------------------------------------------------------------- one process at a time
+
+_locks = {}         # {folder: its open lock file}
+
+
+def lock(folder):
+    """Keep `folder` for this process until `unlock`, or until the process ends, however it does.
+
+    Where the file system knows no locks, nothing happens.
+    Raises: BadInput, naming the process that has it; OSError if the folder cannot be written."""
+    if fcntl is None or folder in _locks:
+        return
+    file = open(folder / LOCK, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read(100) or "another process"
+        file.close()
+        raise BadInput(f"{folder}: is being written by {who}; let it end or stop it, or choose "
+                       "another --name") from None
+    except OSError:
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _locks[folder] = file
+
+
+def unlock():
+    """Let go of all folders that this process has locked."""
+    while _locks:
+        _locks.popitem()[1].close()

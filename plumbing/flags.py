@@ -7,12 +7,13 @@
     choices                         all that may be typed
     of={"dataset": ("solids",)}     when the flag is read; under other settings it is refused
 
-Booleans get `--x` and `--no-x`. Checked in tests/test_config.py.
+Booleans get `--x` and `--no-x`. `restored` is the way back, from what a file holds. Checked in
+tests/test_config.py and tests/test_hostile_runs.py.
 """
 import argparse
 import dataclasses
 
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, printable
 
 
 def flag(default, help, *, of=None, section=None, choices=None, low=None, high=None, above=False,
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """Refuses in one line, without the usage of sixty flags before it."""
 
     def error(self, message):
-        self.exit(2, f"error: {message}; --help lists what there is\n")
+        self.exit(2, f"error: {printable(message)}; --help lists what there is\n")
 
 
 def parser(settings, readers, **options):
@@ -81,7 +82,32 @@ def check_bounds(settings):
         high_enough = value > low if field.metadata["above"] else value >= low
         if high_enough and (high is None or value <= high):
             continue
-        words = f"{'above' if field.metadata['above'] else 'at least'} {low:g}"
+        words = f"{'above' if field.metadata['above'] else 'at least'} {low:,}"
         if high is not None:
-            words += f" and at most {high:g}"
+            words += f" and at most {high:,}"
         raise BadInput(f"{name_of(field.name)} {value}: must be {words}")
+
+
+def restored(kind, values):
+    """The settings of dataclass `kind` that a file held: {name: value}. Defaults where it has none.
+
+    Raises: BadInput for a name that this code does not know, or a value that no flag gives."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = values.keys() - fields.keys()
+    if unknown:
+        raise BadInput("settings that this code does not know "
+                       f"({', '.join(sorted(unknown))}); use the code it was made with")
+    for name, value in values.items():
+        field = fields[name]
+        fits = type(value) is field.type or value is field.default
+        if field.type is float and type(value) is int:
+            fits = True
+        if not fits:
+            raise BadInput(f"setting {name} is {value!r:.50}, expected a value of type "
+                           f"{field.type.__name__}")
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            raise BadInput(f"setting {name} is {value!r:.50}, expected one of {', '.join(choices)}")
+    settings = kind(**values)
+    check_bounds(settings)
+    return settings

@@ -31,9 +31,16 @@ class Meters:
                          first_bad=torch.zeros((), device=device))
         for name, value in (saved or {}).items():
             self.sums[name] = torch.tensor(value, device=device)
+        # A sum that the checkpoint lacks would begin in the middle of the epoch.
+        self.resumed = self.sums.keys() - {"count", "first_bad"}
 
     def add(self, step, **values):
-        """Add a step's numbers; remember the first step whose loss was not finite."""
+        """Add a step's numbers; remember the first step whose loss was not finite.
+
+        Raises: BadInput if the checkpoint's sums were of other numbers."""
+        if self.resumed and self.resumed != values.keys():
+            raise BadInput("the checkpoint's meters are not those of this model; "
+                           "use the code it was made with")
         values = distributed.average(values)
         bad = self.sums["first_bad"]
         is_first = (bad == 0) & ~values["loss"].isfinite()

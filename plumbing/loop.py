@@ -15,8 +15,10 @@ distributed.py. Step t draws its views and its dropout from (seed, epoch, step, 
 resumed run repeats what an uninterrupted one would have done.
 Checked in tests/test_train.py, tests/test_kill.py and, for several processes, test_distributed.py.
 """
+import contextlib
 import copy
 import functools
+import math
 import signal
 import sys
 import time
@@ -25,12 +27,23 @@ import torch
 from tqdm import tqdm
 
 from plumbing import distributed, files, runs
-from plumbing.device import compile_all, pick_device, place, seed_all, set_up, under_autocast
-from plumbing.errors import BadInput
+from plumbing.device import (
+    compile_all,
+    is_out_of_memory,
+    pick_device,
+    place,
+    seed_all,
+    set_up,
+    under_autocast,
+)
+from plumbing.errors import BadInput, printable
 from plumbing.health import Meters, Stopwatch, collapsed, health
 
 SAVE_SECONDS = 60           # between checkpoints; the end of a run and a signal always save
 LOOK_STEPS = 20             # between looks at the loss: each look waits for the device
+GRACE_SECONDS = 4           # after a signal, for the step at hand to end and be saved
+
+_closing = contextlib.ExitStack()       # what ends with a run, however it ends: see `launch`
 
 
 class Run:
@@ -58,6 +71,22 @@ class Run:
         self.epoch_steps = len(self.views) // config.batch_size
         self.total_steps = config.epochs * self.epoch_steps
         self.images_per_step = config.batch_size * config.views_per_sample
+        if self.checkpoint:
+            self.check_progress()
+
+    def check_progress(self):
+        """Raises BadInput if a checkpoint's step and sums are not of an epoch of this length."""
+        step = self.checkpoint["step"]
+        meters = self.checkpoint["meters"]
+        into_epoch = step % self.epoch_steps
+        fits = step <= self.total_steps and meters.get("count") == into_epoch
+        fits = fits and meters.get("first_bad") == 0
+        if into_epoch:
+            fits = fits and math.isfinite(meters.get("loss", math.nan))
+        if not fits:
+            raise BadInput(f"{self.config.run_dir / 'last.pt'}: step {step:,} and its meters are "
+                           f"not of {self.config.epochs:,} epochs of {self.epoch_steps:,} steps; "
+                           "was the data changed, or the file edited?")
 
     def place(self, model):
         """The model on this rank's device, in train mode, with BatchNorms of the global batch."""
@@ -75,17 +104,13 @@ class Run:
         self.step = 0
         self.meters = Meters(self.device, self.when)
         if self.checkpoint:
-            model.load_state_dict(self.checkpoint["model"])
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
+            runs.restore(model, self.checkpoint)
+            runs.restore_optimizer(optimizer, self.checkpoint)
             self.step = self.checkpoint["step"]
             self.meters = Meters(self.device, self.when, self.checkpoint["meters"])
         if config.epochs <= config.warmup_epochs:
             print(f"note: --epochs {config.epochs} ends within --warmup-epochs "
                   f"{config.warmup_epochs}: the learning rate never decays")
-        distributed.on_main(runs.create_run, config)
-        distributed.on_main(runs.drop_metrics_after, config.run_dir / "metrics.csv", self.step)
-        self.stop_signal = StopSignal()
-        self.stopped = 0
         on_cuda = self.device.type == "cuda"
         forward = functools.partial(under_autocast, device=self.device,
                                     enabled=config.amp and on_cuda)
@@ -93,30 +118,36 @@ class Run:
             compile_or_warn(model, self.views, self.trial_batch, forward)
         # After compiling, as PyTorch advises: its compiler does not see through DDP.
         parallel = distributed.data_parallel(model)
+        distributed.on_main(runs.create_run, config, self.checkpoint)
+        distributed.on_main(runs.drop_metrics_after, config.run_dir / "metrics.csv", self.step)
+        self.stop_signal = StopSignal(self.give_up)
+        self.stopped = 0
         self.saved_at = time.monotonic()
         self.clock = Stopwatch()
         self.bar = tqdm(total=self.total_steps * self.images_per_step,
                         initial=self.step * self.images_per_step, unit="img", unit_scale=True,
                         desc=config.name, disable=not distributed.is_main())
+        _closing.callback(self.bar.close)
+        _closing.callback(self.stop_signal.call_off)
         return forward(parallel)
 
     def steps(self):
         """The numbers of the steps that are still to do, until a signal stops the run."""
-        with self.bar:                      # closed on an error too, so that its line stands alone
-            while self.step < self.total_steps and not self.stopped:
-                yield self.step
+        while self.step < self.total_steps and not self.stopped:
+            yield self.step
+        self.bar.close()
 
     def record(self, step, out):
         """Note what a step gave; look, probe, write and save when it is time to."""
         self.meters.add(step, loss=out.loss.detach(), **out.logs)
         self.step = step + 1
-        self.bar.update(self.images_per_step)
         self.clock.count += self.images_per_step
         if self.step % LOOK_STEPS == 0:
             self.bar.set_postfix(loss=f"{self.meters.means()['loss']:.4f}")
         if self.step % self.epoch_steps == 0:
             self.end_epoch(out)
         self.save_if_due()
+        self.bar.update(self.images_per_step)       # last: a full disk does not look like the end
 
     def end_epoch(self, out):
         """Write the epoch's line of metrics.csv, with a warning if features have collapsed."""
@@ -145,6 +176,7 @@ class Run:
         keep_steps = self.config.keep_every * self.epoch_steps
         keep = keep_steps and self.step % keep_steps == 0
         if late or self.stopped or keep or self.step == self.total_steps:
+            self.stop_signal.call_off()             # to save may take its time
             distributed.on_main(self.save, keep)
             self.saved_at = time.monotonic()
 
@@ -175,6 +207,17 @@ class Run:
               f"Next: python evaluate.py {folder / 'last.pt'} --figures")
         return 0
 
+    def give_up(self, number):
+        """Leave after a signal without saving: the step or the probes at hand take too long."""
+        self.bar.close()
+        last = self.config.run_dir / "last.pt"
+        kept = "nothing had been saved before"
+        if last.exists():
+            kept = f"{last}, at most a minute older, is kept; continue with --resume"
+        print(f"stopped by {signal.Signals(number).name} in step {self.step}, which would have "
+              f"taken too long to end; {kept}")
+        sys.exit(128 + number)
+
     def when(self, step):
         """Words for a message on a bad loss: how fast it learned then, and what is left."""
         last = self.config.run_dir / "last.pt"
@@ -191,7 +234,7 @@ def prepare(config, build_views):
     """Of Run's constructor, what ranks do one after another.
 
     -> checkpoint if --resume, else None; device; views to train on; views to probe or None"""
-    checkpoint = runs.open_run(config)
+    checkpoint = runs.open_run(config, main=distributed.is_main())
     processes = distributed.world_size()
     if config.batch_size % processes:
         raise BadInput(f"--batch-size {config.batch_size}: cannot be split evenly over {processes} "
@@ -208,15 +251,27 @@ def prepare(config, build_views):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the loop to save and leave after the step at hand."""
+    """SIGTERM and SIGINT ask the loop to save and leave after the step at hand.
 
-    def __init__(self):
+    Where that takes longer than GRACE_SECONDS, give_up(number of the signal) is called."""
+
+    def __init__(self, give_up):
         self.number = 0
+        self.give_up = give_up
         signal.signal(signal.SIGTERM, self.set)
         signal.signal(signal.SIGINT, self.set)
+        if hasattr(signal, "SIGALRM"):                          # not on Windows
+            signal.signal(signal.SIGALRM, lambda number, frame: self.give_up(self.number))
 
     def set(self, number, frame):
+        if not self.number and hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
         self.number = number
+
+    def call_off(self):
+        """Do not give up any more."""
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def compile_or_warn(model, views, draw, forward):
@@ -231,9 +286,9 @@ def compile_or_warn(model, views, draw, forward):
         run_trial = forward(distributed.data_parallel(trial))
         for i in range(2):
             run_trial(draw(i)).loss.backward()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:              # the compiler's failures have no common type
+        if is_out_of_memory(error):
+            raise
         first_line = str(error).splitlines()[0] if str(error) else ""
         failure = f"{type(error).__name__}: {first_line}"[:100]
     failures = list(filter(None, distributed.everyone(failure)))
@@ -287,31 +342,43 @@ def launch(train, parse, argv=None):
 
     signal.signal(signal.SIGTERM, leave)
     distributed.start()
-    status = 2
+    _closing.callback(files.unlock)
     try:
         done = train(distributed.on_main(parse, argv))
         distributed.finish()
         return done
-    except BadInput as error:
-        message = f"error: {error}"
-    except torch.OutOfMemoryError:
-        message = ("error: out of memory; lower --batch-size, --image-size, or --views where there "
-                   "are several, or give --resident no")
-    except OSError as error:
-        why = error
-        if error.filename:
-            why = (f"{error.filename}: {error.strerror}; free or choose another --out or "
-                   "--data-dir")
-        message = f"error: {why}"
     except KeyboardInterrupt:
         message = "interrupted before training began; nothing was changed"
         status = 128 + signal.SIGINT
-    except Exception:       # a bug; or a rank that failed cannot be reached now, and has said why
-        first, status = distributed.first_failure(1)
-        if first:
-            raise
-        return status
+    except Exception as error:
+        message, status = explain(error)
+        if message is None:     # a bug; or a rank that failed, and said why, cannot be reached
+            first, status = distributed.first_failure(status)
+            if first:
+                raise
+            return status
+    finally:
+        _closing.close()        # the progress bar, before a message; the lock of the run's folder
     first, status = distributed.first_failure(status)
     if first:
         print(message, file=sys.stderr)
     return status
+
+
+def explain(error):
+    """(one line that says what can be done about an error, None for a bug; exit status)"""
+    if isinstance(error, BadInput):
+        return f"error: {error}", 2
+    if is_out_of_memory(error):
+        return ("error: out of memory; lower --batch-size, --image-size, or --views where there "
+                "are several, or give --resident no"), 2
+    if isinstance(error, OSError):
+        why = error
+        if error.filename:
+            why = (f"{error.filename}: {error.strerror}; free or choose another --out or "
+                   "--data-dir")
+        return f"error: {printable(why)}", 2
+    if distributed.has_lost_a_rank(error):
+        return ("error: another process of this run ended without a word, killed or out of memory; "
+                "continue with --resume"), 1
+    return None, 1

@@ -4,43 +4,57 @@
     last.pt       all that --resume needs encoder.pt    f_theta alone, a plain state dict
     previous.pt   the last.pt before it   curves.png    metrics.csv, drawn
     epoch-K.pt    last.pt as it was after epoch K, if --keep-every asks for it
+    .lock         which process writes here; only one may
 
 A process may be killed at any instant: every file is written under another name,
 NAME.HOST-PID.part, and renamed when whole. Checkpoints hold tensors, numbers and strings only and
-are read with weights_only=True: loading one never runs code.
-Checked in tests/test_runs.py and, by kill -9, in tests/test_kill.py.
+are read with weights_only=True: loading one never runs code. What is read is looked at: anybody
+may have edited it.
+Checked in tests/test_runs.py, by kill -9 in tests/test_kill.py, and on damaged and edited files in
+tests/test_hostile_runs.py.
 """
 import csv
 import dataclasses
 import json
+import math
+import os
 import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 
+from plumbing import flags
 from plumbing.errors import BadInput
-from plumbing.files import collect_parts, save_atomically
+from plumbing.files import LOCK, collect_parts, lock, save_atomically
 
 FORMAT = "seq-jepa checkpoint"
 VERSION = 1
 # Settings that may change between a run and its --resume.
 MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out",
-              "probe_every", "keep_every", "resident"}
+              "probe_every", "keep_every", "resident", "name"}
+FILES = ("config.json", "metrics.csv", "encoder.pt", "last.pt", "previous.pt", "curves.png", LOCK)
+PARTS = dict(config=dict, step=int, meters=dict, model=dict, optimizer=dict)    # of a checkpoint
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # ---------------------------------------------------------------- the run and its checkpoints
 
-def open_run(config):
-    """Check that the run may start.  -> its checkpoint if --resume, else None.  Writes nothing.
+def open_run(config, main=True):
+    """Check that the run may start.  -> its checkpoint if --resume, else None.
 
     A folder without a checkpoint, left by a run that died at once, may be used again, and --resume
     begins at step 0 where there is no checkpoint yet: a job that a scheduler starts again and again
     has one command line.
-    Raises: BadInput if the run exists without --resume, or --resume finds another run's settings or
-    a damaged checkpoint."""
+    main: whether this process is the one that writes. It locks a run that is there already;
+    otherwise nothing is written.
+    Raises: BadInput if the run exists without --resume, another process writes it, its folder
+    cannot be used, or --resume finds another run's settings or damaged files."""
     folder = config.run_dir
+    refuse_unusable(folder)
     exists = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
+    if main and ((folder / LOCK).exists() or exists and config.resume):
+        lock(folder)
     if not config.resume:
         if exists:
             raise BadInput(f"{folder}: this run exists already; continue it with --resume, "
@@ -50,23 +64,51 @@ def open_run(config):
         print(f"--resume: {folder} has no checkpoint yet, beginning at step 0")
         return None
     checkpoint = load_checkpoint(folder / "last.pt")
-    defaults = dataclasses.asdict(type(config)())           # for settings newer than the checkpoint
-    before = defaults | checkpoint["config"]
+    try:
+        stored = flags.restored(type(config), checkpoint["config"])
+    except BadInput as error:
+        raise BadInput(f"{folder / 'last.pt'}: has {error}") from None
+    before = dataclasses.asdict(stored)
     now = dataclasses.asdict(config)
     changed = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
     if changed:
-        flags = ", ".join(f"--{k.replace('_', '-')} {before[k]} (now {now[k]})" for k in changed)
-        raise BadInput(f"--resume: {folder} was started with {flags}; repeat its command line, "
+        words = ", ".join(f"{flags.name_of(k)} {before[k]} (now {now[k]})" for k in changed)
+        raise BadInput(f"--resume: {folder} was started with {words}; repeat its command line, "
                        "or start a new --name")
+    if (folder / "metrics.csv").exists():
+        read_metrics(folder / "metrics.csv")
     return checkpoint
 
 
-def create_run(config):
-    """Make the folder, or clear it of what a killed process left of a file; write config.json."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    collect_parts(config.run_dir)
+def refuse_unusable(folder):
+    """Raises BadInput unless `folder` is one for a run's files, or one can be made there."""
+    for name in FILES:
+        path = folder / name
+        if os.path.lexists(path) and not path.is_file():        # a folder, a pipe, a broken link
+            raise BadInput(f"{path}: is no regular file; move it away or choose another --name")
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise BadInput(f"{place}: is no folder; choose another --out or --name")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise BadInput(f"{place}: no permission to write there; choose another --out")
+
+
+def create_run(config, checkpoint=None):
+    """Make the folder, or clear it of what a killed process left of a file; write config.json.
+
+    checkpoint: what `open_run` returned.
+    Raises: BadInput if another process has begun the run since then."""
+    folder = config.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    if checkpoint is None and (folder / "last.pt").exists():
+        raise BadInput(f"{folder}: another process has made this run meanwhile; "
+                       "choose another --name")
+    collect_parts(folder)
     text = json.dumps(dataclasses.asdict(config), indent=1)
-    save_atomically(config.run_dir / "config.json", lambda part: part.write_text(text + "\n"))
+    save_atomically(folder / "config.json", lambda part: part.write_text(text + "\n"))
 
 
 def save_checkpoint(config, model, optimizer, step, meters):
@@ -106,7 +148,7 @@ def _torch_save(state, path):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU; checkpoint["config"] is a plain dict.
 
-    Raises: BadInput if it is absent, damaged, not ours, or of another version."""
+    Raises: BadInput if it is absent, damaged, not ours, of another version, or lacks a part."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no checkpoint there; {_advice(path)}")
@@ -117,12 +159,49 @@ def load_checkpoint(path):
         has_code = "Unsupported" in str(error) or "Weights only" in str(error)
         why = "contains more than tensors" if has_code else "is damaged"
         raise BadInput(f"{path}: {why} and was not loaded; {_advice(path)}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    if not isinstance(checkpoint, dict) or str(checkpoint.get("format")) != FORMAT:
         raise BadInput(f"{path}: not a checkpoint of this project; expected the last.pt of a run")
-    if checkpoint.get("version") != VERSION:
-        raise BadInput(f"{path}: checkpoint version {checkpoint.get('version')}, this code reads "
-                       f"{VERSION}; use the code it was made with")
+    if str(checkpoint.get("version")) != str(VERSION):
+        raise BadInput(f"{path}: checkpoint version {checkpoint.get('version')!s:.20}, this code "
+                       f"reads {VERSION}; use the code it was made with")
+    flaw = _flaw(checkpoint)
+    if flaw:
+        raise BadInput(f"{path}: {flaw}; {_advice(path)}")
     return checkpoint
+
+
+def _flaw(checkpoint):
+    """Words for the first thing in a checkpoint that no run writes; None if there is none.
+
+    Whether its tensors fit a model, and its step the data, is for `restore` and the loop to say."""
+    for name, kind in PARTS.items():
+        value = checkpoint.get(name)
+        if value is None:
+            return f"has no {name}"
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"its {name} is {value!r:.20}, expected {kind.__name__}"
+    step = checkpoint["step"]
+    if step < 0:
+        return f"its step is {step}, expected 0 or more"
+    for name in [*checkpoint["config"], *checkpoint["meters"], *checkpoint["model"]]:
+        if not isinstance(name, str):
+            return f"names something {name!r:.20}, expected text"
+    for name, value in checkpoint["meters"].items():
+        if type(value) is not float:
+            return f"its meter {name} is {value!r:.20}, expected a number"
+    for name, weights in checkpoint["model"].items():
+        if not _is_whole(weights):
+            return f"its weights {name} are no plain tensor"
+        if weights.dtype in FLOATS and not weights.isfinite().all():
+            return f"its weights {name} are not finite"
+    return None
+
+
+def _is_whole(value):
+    """Whether this is a tensor that has, in memory, all the numbers that it claims to have."""
+    return (isinstance(value, torch.Tensor) and value.layout is torch.strided
+            and value.device.type == "cpu" and not value.is_quantized
+            and value.nbytes <= value.untyped_storage().nbytes())
 
 
 def _verify(path):
@@ -132,7 +211,10 @@ def _verify(path):
     and leaves whatever was in memory. A third of a second for 500 MB."""
     if zipfile.is_zipfile(path):                # if not, torch.load will say so
         with zipfile.ZipFile(path) as file:
-            if file.testzip() or any(record.external_attr for record in file.infolist()):
+            records = file.infolist()
+            if any(record.external_attr or record.compress_type for record in records):
+                raise zipfile.BadZipFile
+            if file.testzip():
                 raise zipfile.BadZipFile
 
 
@@ -150,17 +232,52 @@ def _advice(path):
 
 def restore(model, checkpoint):
     """Fill `model` with the checkpoint's weights. Raises: BadInput if they do not fit."""
+    ours = _shapes(model.state_dict())
+    theirs = _shapes(checkpoint["model"])
+    different = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+    if different:
+        raise BadInput("the checkpoint's weights do not fit the model that its settings describe "
+                       f"({different[0]}: {theirs.get(different[0], 'absent')}, expected "
+                       f"{ours.get(different[0], 'none')}); use the code it was made with")
+    model.load_state_dict(checkpoint["model"])
+
+
+def _shapes(state):
+    """{name: words for a tensor's type and shape}"""
+    return {name: f"{value.dtype} {tuple(value.shape)}" for name, value in state.items()}
+
+
+def restore_optimizer(optimizer, checkpoint):
+    """Fill the AdamW of `train.build_optimizer` with what a checkpoint's has gathered.
+
+    Its settings stay this run's own, which are the checkpoint's; rates are set at every step.
+    Raises: BadInput if that was gathered for other parameters."""
+    own = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = checkpoint["optimizer"]
     try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        raise BadInput("the checkpoint's weights do not fit the model that its settings describe; "
-                       "use the code it was made with") from None
+        grouped = [group["params"] for group in saved["param_groups"]]
+        fits = grouped == [group["params"] for group in own["param_groups"]]
+        for index, moments in saved["state"].items():
+            shape = parameters[index].shape
+            expected = dict(step=torch.Size(), exp_avg=shape, exp_avg_sq=shape)
+            fits &= {name: tensor.shape for name, tensor in moments.items()} == expected
+            for tensor in moments.values():
+                fits &= _is_whole(tensor) and bool(tensor.isfinite().all())
+    except (AttributeError, IndexError, KeyError, TypeError):       # not even of the right kind
+        fits = False
+    if not fits or not saved["state"] and checkpoint["step"]:
+        raise BadInput("the checkpoint's optimizer does not fit the model that its settings "
+                       "describe; it was damaged, or made with other code")
+    optimizer.load_state_dict(dict(state=saved["state"], param_groups=own["param_groups"]))
 
 
 # ---------------------------------------------------------------- metrics.csv
 
 def append_metrics(path, row):
-    """Add one line to metrics.csv; the first line names the columns."""
+    """Add one line to metrics.csv; the first line names the columns.
+
+    Raises: BadInput if it has other columns."""
     def write(part):
         new = not path.exists()
         if not new:
@@ -171,30 +288,64 @@ def append_metrics(path, row):
                 writer.writeheader()
             writer.writerow(row)
 
+    header, _ = _metrics(path)
+    if header and header != list(row):
+        raise BadInput(f"{path}: has the columns {','.join(header):.60}..., this code writes "
+                       f"{','.join(row):.60}...; move the file away, then --resume")
     save_atomically(path, write)
 
 
 def read_metrics(path):
-    """metrics.csv as a list of {column: float}."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        for column, value in row.items():
-            row[column] = float(value)
-    return rows
+    """metrics.csv as a list of {column: float}.
+
+    Raises: BadInput, naming the line, if it is absent or not what runs write."""
+    if not path.exists():
+        raise BadInput(f"{path}: not found; a run writes it at the end of each epoch")
+    header, lines = _metrics(path)
+    return [dict(zip(header, map(float, line.split(",")))) for line in lines]
 
 
 def drop_metrics_after(path, step):
     """Forget epochs that ended after `step`, and a line cut short: a resumed run rewrites them."""
     if not path.exists():
         return
-    header, *lines = path.read_text().splitlines(keepends=True) or [""]
-    lines = [line for line in lines if line.endswith("\n")]
-    kept = []
-    if lines:
-        column = header.strip().split(",").index("step")
-        kept = [line for line in lines if int(line.split(",")[column]) <= step]
+    header, lines = _metrics(path)
+    kept = [line for line in lines if float(line.split(",")[header.index("step")]) <= step]
     if kept:
-        save_atomically(path, lambda part: part.write_text("".join([header, *kept])))
+        text = "\n".join([",".join(header), *kept]) + "\n"
+        save_atomically(path, lambda part: part.write_text(text))
     else:
         path.unlink()                           # the first line to come will bring its header
+
+
+def _metrics(path):
+    """(columns, lines of numbers) of metrics.csv, both empty if there is no line of numbers.
+
+    A last line without its end was cut short by a kill and does not count.
+    Raises: BadInput if a line is no line of ours, or the steps do not rise."""
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return [], []
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not a text file; delete it, and curves begin anew") from None
+    if len(lines) < 2:
+        return [], []
+    header = lines[0].split(",")
+    last = -1
+    for number, line in enumerate(lines[1:], start=2):
+        step = _step(header, line)
+        if not step > last:
+            raise BadInput(f"{path}: line {number} is {line!r:.40}, expected {len(header)} numbers "
+                           "and a step after the line before's; mend or delete the file")
+        last = step
+    return header, lines[1:]
+
+
+def _step(header, line):
+    """The step in a line of metrics.csv; NaN if it is no line of numbers under this header."""
+    try:
+        row = dict(zip(header, map(float, line.split(",")), strict=True))
+        return row["step"] if len(row) == len(header) else math.nan
+    except (KeyError, ValueError):
+        return math.nan
