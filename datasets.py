@@ -73,9 +73,9 @@ def read_stl10(config, split):
     source = dict(dataset="stl10", limit=config.limit, size=config.image_size, files=stamps)
     parts = []
     labels = []
-    _stl10_file(folder, "test")
+    read = {name: _stl10_file(folder, name) for name in (*STL10_FILES[split], "test")}
     for name in STL10_FILES[split]:
-        x, y = _stl10_file(folder, name)
+        x, y = read[name]
         part, part_labels = prepare.limited(x, y, name, source, config)
         parts.append(part)
         labels.append(part_labels)
