@@ -16,12 +16,16 @@ import torch
 from plumbing.errors import BadInput, printable
 from plumbing.files import part_of
 
+COMPILER = ("torch._dynamo", "torch._inductor")         # whose errors have no common type
+
 
 def run(work, parse, argv=None, less="give it less to do at once"):
     """Do work(parse(argv)).  less: advice where memory does not suffice.
 
     -> exit status: that of `work`, 2 for bad input, 128 + signal if stopped."""
     signal.signal(signal.SIGTERM, _leave)
+    if hasattr(sys.stdout, "reconfigure"):              # a terminal that lacks a letter of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     status = 2
     try:
         return work(parse(argv))
@@ -35,9 +39,12 @@ def run(work, parse, argv=None, less="give it less to do at once"):
         message = "interrupted"
         status = 128 + signal.SIGINT
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            message = f"error: out of memory; {less}"
+        elif type(error).__module__.startswith(COMPILER):
+            message = f"error: --compile: torch.compile failed ({error!s:.100}); leave it out"
+        else:
             raise
-        message = f"error: out of memory; {less}"
     # Not in the `except`: it keeps progress bars alive, which would then wipe out the line.
     print(printable(message), file=sys.stderr)
     return status

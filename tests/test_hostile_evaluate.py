@@ -128,6 +128,11 @@ def empty_zip(run):
         file.writestr("nothing", "")
 
 
+def without_cls(run):
+    config = load_checkpoint(run / "last.pt")["config"]
+    changed(config=config | dict(cls=False, regions="random"))(run)
+
+
 class Trap:
     """Loading this would run code."""
 
@@ -267,6 +272,8 @@ CHECKPOINTS = [
     damaged("checkpoint version 99", changed(version=99)),
     damaged("not a checkpoint of this project",
             lambda run: torch.save([1, 2], run / "last.pt")),
+    damaged("--probe cls: the run was trained with --no-cls", without_cls, "--probe", "cls",
+            mode="regions"),
     damaged("finite", with_weights(math.nan), data=True),
     damaged("finite", with_weights(math.inf), "--probe", "knn", data=True),
     damaged("finite", with_weights(1e38), "--probe", "classify", data=True),
@@ -636,10 +643,15 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
+def no_compiler(*_):
+    raise type("InductorError", (Exception,), dict(__module__="torch._inductor.exc"))("no\ng++")
+
+
 @pytest.mark.parametrize("happens, status, words", [
     (no_room, 2, "error: out of memory; lower --limit"),
     (full, 2, "error: somewhere: No space left on device"),
     (stop, 130, "interrupted"),
+    (no_compiler, 2, r"error: --compile: torch.compile failed (no\ng++)"),
 ])
 def test_what_happens_to_the_machine_is_one_line_too(happens, status, words, copied, monkeypatch,
                                                      capsys):
