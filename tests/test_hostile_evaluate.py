@@ -660,7 +660,7 @@ def test_what_happens_to_the_machine_is_one_line_too(happens, status, words, cop
     before = listing(run)
     capsys.readouterr()
     assert evaluate.main([str(run / "last.pt")]) == status
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.split("\r")[-1]
     assert error.startswith(words) and error.count("\n") == 1
     assert listing(run) == before
 
