@@ -44,8 +44,8 @@ from config import MODES
 from datasets import load
 from images import Part, Split
 from plumbing import command, flags
-from plumbing.command import is_out_of_memory, refuse_unwritable
-from plumbing.device import compile_all, pick_device, place, under_autocast
+from plumbing.command import refuse_unwritable
+from plumbing.device import compile_all, is_out_of_memory, pick_device, place, under_autocast
 from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from regions import ROUNDS, RULES, discriminative_regions

@@ -11,8 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
+from plumbing.device import is_out_of_memory
 from plumbing.errors import BadInput, printable
 from plumbing.files import part_of
 
@@ -52,12 +51,6 @@ def run(work, parse, argv=None, less="give it less to do at once"):
 
 def _leave(number, frame):
     sys.exit(128 + number)              # by way of every `finally`, so that nothing is half-written
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that the GPU's or the machine's memory does not suffice."""
-    no_room = "can't allocate memory" in str(error)         # a CPU's words, in a RuntimeError
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or no_room
 
 
 def refuse_unwritable(path, what_to_do, holds=""):

@@ -414,18 +414,18 @@ ODD = (None, True, -1, 0, 2.5, 10 ** 9, 10 ** 30, math.nan, math.inf, "x", "", "
        [None], {"a": 1}, "z_agg M=" + "9" * 5000)
 
 
-def test_edited_settings_of_a_checkpoint_are_refused_or_run(copied, capsys, monkeypatch):
+def test_edited_settings_of_a_checkpoint_are_refused_or_run(copied, capsys):
     run = copied()
     rng = random.Random(12)
     whole = load_checkpoint(run / "last.pt")
     flags = [str(run / "last.pt"), "--probe", "knn", "--views", "1", "--samplings", "1"]
     refused = 0
-    for _ in range(120):
+    for _ in range(70):
         config = dict(whole["config"])
         config[rng.choice(list(config))] = rng.choice(ODD)
         torch.save(whole | dict(config=config), run / "last.pt")
         refused += mostly_refused(evaluate.main, flags, capsys)
-    assert refused > 60
+    assert refused > 30
 
 
 # ---------------------------------------------------------------- figures of several runs
@@ -497,7 +497,7 @@ def test_damaged_results_are_drawn_or_refused(tmp_path):
     rng = random.Random(12)
     whole = json.dumps(measured())
     drawn = 0
-    for i in range(120):
+    for i in range(100):
         damaged = scarred(whole.encode(), rng)
         if i % 2:
             keys = ["rows", "config", "dataset", *(f"rows.{key}" for key in measured()["rows"][0]),
