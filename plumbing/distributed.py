@@ -48,8 +48,17 @@ def local_rank():
 
 
 def start():
-    """Join the other ranks, if torchrun started several. Only rank 0 keeps its standard output."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    """Join the other ranks, if torchrun started several. Only rank 0 keeps its standard output.
+
+    Raises: BadInput if the environment speaks of several processes without saying where they are,
+    as on some clusters where torchrun was forgotten."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+            value = os.environ.get(name, "")
+            if not (value.isdecimal() or name == "MASTER_ADDR" and value):
+                raise BadInput(f"{name} {value!r} in the environment, where WORLD_SIZE is "
+                               f"{os.environ['WORLD_SIZE']!r}: start with torchrun, or unset "
+                               "WORLD_SIZE")
         store, rank, size = _fresh_store()
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
         if not is_main():

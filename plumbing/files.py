@@ -5,6 +5,7 @@ NAME.HOST-PID.part, flushed to the disk, and renamed when whole. `lock` keeps a 
 process.
 Checked in tests/test_runs.py and, by kill -9, in tests/test_kill.py.
 """
+import contextlib
 import os
 import platform
 import re
@@ -90,7 +91,7 @@ def lock(folder):
     Raises: BadInput, naming the process that has it; OSError if the folder cannot be written."""
     if fcntl is None or folder in _locks:
         return
-    file = open(folder / LOCK, "a+")
+    file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -102,10 +103,10 @@ def lock(folder):
     except OSError:
         file.close()
         return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
     _locks[folder] = file
+    with contextlib.suppress(OSError):          # no room for it: locked all the same
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
 
 
 def unlock():

@@ -341,9 +341,9 @@ def launch(train, parse, argv=None):
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
-    distributed.start()
     _closing.callback(files.unlock)
     try:
+        distributed.start()
         done = train(distributed.on_main(parse, argv))
         distributed.finish()
         return done

@@ -55,6 +55,10 @@ def open_run(config, main=True):
     exists = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
     if main and ((folder / LOCK).exists() or exists and config.resume):
         lock(folder)
+    kept = sorted(folder.glob("epoch-*.pt"))
+    if kept and not exists:
+        raise BadInput(f"{folder}: has {kept[-1].name} and no last.pt; mv {kept[-1]} "
+                       f"{folder / 'last.pt'}, then --resume, or choose another --name")
     if not config.resume:
         if exists:
             raise BadInput(f"{folder}: this run exists already; continue it with --resume, "

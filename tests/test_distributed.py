@@ -474,3 +474,20 @@ def test_a_failing_rank_ends_all_with_one_line_and_max_restarts_recovers(
         and "exitcode: 2" in err
         and "Connection closed" not in err
     ), err
+
+
+KILLED_ONCE = FAILS_ONCE.replace('raise BadInput("rank 1 cannot go on")', "os.kill(os.getpid(), 9)")
+
+
+def test_a_killed_rank_is_one_line_of_ours_and_max_restarts_recovers(photos, tmp_path, torchrun):
+    """The lock on the run's folder went with the processes that had it."""
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE)
+    flags = [*SACCADE, *TINY, "--data-dir", str(photos), "--out", str(tmp_path / "runs")]
+    job = torchrun("--max-restarts", "1", script, *flags, "--name", "r", "--resume")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert load_checkpoint(tmp_path / "runs" / "r" / "last.pt")["step"] == 12
+    # torchrun's SIGTERM may come before the survivor has noticed
+    assert err.count("error: ") == err.count("error: another process of this run ended") <= 1, err
+    assert "Traceback" not in err, err

@@ -369,6 +369,38 @@ def test_two_fresh_runs_that_prepare_at_once(photos, tmp_path, capsys, monkeypat
     assert listing(tmp_path) == inside[1]
 
 
+def test_a_lock_s_holder_may_be_unreadable(run, tmp_path, capsys):
+    argv, folder = run
+    with held(folder):
+        (folder / ".lock").write_bytes(b"\xff\x1b[2J")
+        check_refused(argv, "r: is being written by \ufffd\\x1b[2J;", tmp_path, capsys)
+
+
+def test_kept_epochs_without_a_last_checkpoint_are_no_fresh_folder(run, tmp_path, capsys):
+    argv, folder = run
+    (folder / "last.pt").rename(folder / "epoch-1.pt")
+    (folder / "previous.pt").unlink(missing_ok=True)
+    for command in (argv, argv[:-1]):
+        check_refused(command, "r: has epoch-1.pt and no last.pt; mv ", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("environment, words", [
+    (dict(WORLD_SIZE="2"), "RANK '' in the environment, where WORLD_SIZE is '2': start with"),
+    (dict(WORLD_SIZE="2", RANK="0"), "LOCAL_RANK ''"),
+    (dict(WORLD_SIZE="two"), "WORLD_SIZE 'two'"),
+    (dict(WORLD_SIZE=""), "WORLD_SIZE ''"),
+    (dict(WORLD_SIZE="-2"), "WORLD_SIZE '-2'"),
+    (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_PORT="x"), "MASTER_PORT 'x'"),
+    (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_PORT="1"), "MASTER_ADDR ''"),
+])
+def test_a_cluster_s_environment_without_torchrun(
+    environment, words, run, tmp_path, capsys, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_refused(run[0], words, tmp_path, capsys)
+
+
 def test_where_there_are_no_locks_runs_go_on(run, monkeypatch):
     argv, folder = run
     monkeypatch.setattr(files, "fcntl", None)
