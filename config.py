@@ -78,7 +78,7 @@ PREDICTORS = {"vit-nano": (64, 3), "vit-tiny": (96, 6), "vit-small": (192, 6), "
               "vit-large": (384, 12), "vit-huge": (384, 12)}
 
 # --quick: minutes on two CPU cores.  Chosen by measurement, see results/README.md.
-QUICK = dict(width=16, stem="strided", batch_size=64, lr=1e-3, warmup_epochs=1, ema=0.99,
+QUICK = dict(epochs=8, width=16, stem="strided", batch_size=64, lr=1e-3, warmup_epochs=1, ema=0.99,
              z_norm=True, action_dim=32, agg_hidden=512, limit=10_000)
 QUICK_MODE = {
     "saccade": dict(image_size=48, patch_size=16, epochs=8),
@@ -242,7 +242,7 @@ def preset(dataset, mode, quick=False):
     if quick:
         values |= QUICK | QUICK_MODE.get(mode, {}) | dict(quick=True)
     if quick and dataset == "solids":
-        values |= QUICK_SOLIDS.get(mode, {})
+        values |= QUICK_SOLIDS.get(mode, dict(limit=4000, object_views=2))
     return values
 
 
@@ -258,6 +258,10 @@ def from_command_line(argv=None):
         values = preset(chosen.dataset, chosen.mode, chosen.quick)
     about = ("Pre-train a seq-JEPA or DSeq-JEPA world model. The defaults shown are those of the "
              "--dataset, --mode and --quick that are typed with --help.")
+    if values:
+        mode = MODES[chosen.mode]
+        about += (f" Mode {chosen.mode} offers --condition {', '.join(mode.conditions)} and "
+                  f"--method {', '.join(mode.methods)}.")
     parser = flags.parser(Config(**values), readers, prog="train.py", description=about,
                           usage="python train.py [--dataset NAME] [--mode NAME] [OPTION ...]")
     typed = vars(parser.parse_args(argv))

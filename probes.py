@@ -53,8 +53,8 @@ class Features(NamedTuple):
     params: torch.Tensor    # (S, N, V, P)
     labels: torch.Tensor    # (N,)
     z_agg: dict             # {M: (S, N, D+E)} aggregate of M views and the actions between them
-    z_agg_blind: dict       # the same with all z set to zero: actions alone (Fig. 7, green)
-    z_agg_still: dict       # the same with all a set to zero: views alone (Fig. 7, blue; B.2)
+    z_agg_no_views: dict       # the same with all z set to zero: actions alone (Fig. 7, green)
+    z_agg_no_actions: dict       # the same with all a set to zero: views alone (Fig. 7, blue; B.2)
 
     def named(self):
         """(name, features (S, N, d)) of everything that a class is read from."""
@@ -107,8 +107,8 @@ def extract_batch(model, batch, clean, lengths, only_agg):
         params=batch.params.float().cpu(),
         labels=batch.labels.cpu(),
         z_agg=aggregates(z, a),
-        z_agg_blind={} if only_agg else aggregates(0 * z, a),
-        z_agg_still={} if only_agg else aggregates(z, 0 * a))
+        z_agg_no_views={} if only_agg else aggregates(0 * z, a),
+        z_agg_no_actions={} if only_agg else aggregates(z, 0 * a))
 
 
 def join(batches, samplings):
@@ -336,9 +336,9 @@ def path_input(features, M, ablated):
     """(z_agg, a_M), (S, N, D+2E)."""
     a = features.a[:, :, M - 1]
     if ablated == ", no actions":
-        return torch.cat([features.z_agg_still[M], 0 * a], dim=2)
+        return torch.cat([features.z_agg_no_actions[M], 0 * a], dim=2)
     if ablated == ", no views":
-        return torch.cat([features.z_agg_blind[M], a], dim=2)
+        return torch.cat([features.z_agg_no_views[M], a], dim=2)
     return torch.cat([features.z_agg[M], a], dim=2)
 
 
@@ -346,7 +346,7 @@ def probe_invariance(model, train, val, setup):
     """R^2 of each view's rotation from z_agg with actions zeroed, averaged over the views (B.2)."""
     M = setup.M_train
     columns = setup.views["val"].param_groups["rotation"]
-    x = train.z_agg_still[M], val.z_agg_still[M]
+    x = train.z_agg_no_actions[M], val.z_agg_no_actions[M]
     rows = []
     for i in range(M):
         y = train.params[:, :, i, columns], val.params[:, :, i, columns]
@@ -426,6 +426,3 @@ def online_views(model, setup, some):
     knn_z_agg = knn_accuracy(train.z_agg[M][0], train.labels, val.z_agg[M][0], val.labels)
     name, columns = next(iter(setup.views["val"].groups.items()))
     return knn_z, knn_z_agg, action_row(name, columns, train, val, setup)["value"]
-
-
-# ---------------------------------------------------------------- the health of features

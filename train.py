@@ -27,9 +27,7 @@ from plumbing.loop import Run, launch, next_batch
 
 def train(config):
     """One pre-training, from settings to trained weights. Returns the exit status."""
-    protocol(config.mode)               # refuses a mode that could not be looked at afterwards
-    groups = settings.MODES[config.mode].groups
-    refuse_giant(lambda: build_model(config, groups), config.device)
+    refuse_early(config)
     run = Run(config, build_views, each_epoch=online, at_the_end=draw_curves)
     model = run.place(build_model(config, run.views.groups))
     optimizer = build_optimizer(model, config, run.device)
@@ -116,6 +114,15 @@ def weight_decay_at(progress, *, start, end):
 def cosine(progress, start, end):
     """From `start` (progress 0) to `end` (progress 1)."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def refuse_early(config):
+    """Before data is read: a mode that evaluation does not know, a model larger than the memory.
+
+    Raises: BadInput."""
+    protocol(config.mode)
+    groups = settings.MODES[config.mode].groups
+    refuse_giant(lambda: build_model(config, groups), config.device)
 
 
 def main(argv=None):

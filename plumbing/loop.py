@@ -3,10 +3,12 @@
     launch(train, parse, argv)      a script's `main`: every failure becomes one line and a status
     run = Run(config, ...)          device, data, the run's folder; refuses what cannot be trained
     run.place(model)                on the device, ready to train
-    run.begin(model, optimizer)     weights of a checkpoint, if resumed; torch.compile; the bar
+    forward = run.begin(model, optimizer, rates)
+                                    weights of a checkpoint, if resumed; torch.compile; the bar
     for step in run.steps():        ends when done, or after a signal
-        ...                         one training step
-        run.record(step, out)       meters, warnings, online probes, metrics.csv, checkpoints
+        ...                         one training step, of forward(batch)
+        run.record(step, out)       meters, warnings, online probes, metrics.csv, checkpoints;
+                                    moves on to the next step
     run.finish()                    the last words, and the exit status
     next_batch(views, ...)          a step's samples, under the step's own seed
 
@@ -305,6 +307,7 @@ def next_batch(views, config, step, epoch_steps):
     """This rank's share of a step's batch. What comes after it is read ahead where it lies on disk.
 
     Its samples depend on (seed, epoch); its views and the dropout on (seed, epoch, step, rank)."""
+    # The next step first: the seed that this leaves behind is the one of the step at hand.
     views.prefetch(seeded_index(views, config, step + 1, epoch_steps), config.views)
     index = seeded_index(views, config, step, epoch_steps)
     last_step = max(1, config.epochs * epoch_steps - 1)

@@ -129,10 +129,10 @@ def test_features_are_those_of_the_model_in_eval_mode(model_and_views):
             torch.testing.assert_close(features.z_agg[1][s], model.aggregate(z[:, :1], a[:, :0]))
             torch.testing.assert_close(features.z_agg[3][s], model.aggregate(z[:, :3], a[:, :2]))
             torch.testing.assert_close(
-                features.z_agg_blind[3][s], model.aggregate(0 * z[:, :3], a[:, :2])
+                features.z_agg_no_views[3][s], model.aggregate(0 * z[:, :3], a[:, :2])
             )
             torch.testing.assert_close(
-                features.z_agg_still[3][s], model.aggregate(z[:, :3], 0 * a[:, :2])
+                features.z_agg_no_actions[3][s], model.aggregate(z[:, :3], 0 * a[:, :2])
             )
             torch.testing.assert_close(
                 features.z_clean[s], model.encoder(views.clean(torch.arange(len(views))))
