@@ -12,6 +12,11 @@ import config as settings
 from images import Part, Split
 
 
+def pytest_collection_modifyitems(items):
+    """The notebook, which takes longest, comes first: another process does the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_tutorial.py")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
