@@ -144,6 +144,8 @@ def as_published(config):
         if config.saliency in ("signature", "uniform"):
             return False
         preset = dataclasses.replace(preset, saliency=config.saliency)
+    if config.views > preset.object_views - 1:          # more views than its objects have
+        return False
     expected = dataclasses.asdict(settings.check(preset))
     found = dataclasses.asdict(config)
     return all(found[name] == expected[name] for name in found if name not in NOT_LEARNED)

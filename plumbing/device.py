@@ -28,7 +28,9 @@ def pick_device(name):
     if colon and number not in numbers:
         raise BadInput(f"--device {name}: there are {len(numbers)} CUDA devices, "
                        f"cuda:0 to cuda:{len(numbers) - 1}")
-    return torch.device(name)
+    device = torch.device(name)
+    set_up(device)
+    return device
 
 
 def set_up(device):

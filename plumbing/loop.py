@@ -35,7 +35,6 @@ from plumbing.device import (
     pick_device,
     place,
     seed_all,
-    set_up,
     under_autocast,
 )
 from plumbing.errors import BadInput, printable
@@ -68,7 +67,6 @@ class Run:
             raise BadInput("the nodes do not see the same data or not the same run; "
                            "give each the same --data-dir, and all one --out")
         distributed.connect(self.device)
-        set_up(self.device)
         # A short last batch would make the graph compile again, so there is none.
         self.epoch_steps = len(self.views) // config.batch_size
         self.total_steps = config.epochs * self.epoch_steps
@@ -181,6 +179,7 @@ class Run:
             self.stop_signal.call_off()             # to save may take its time
             distributed.on_main(self.save, keep)
             self.saved_at = time.monotonic()
+            self.stop_signal.patient = self.step == self.total_steps    # curves may take theirs
 
     def save(self, keep):
         """Checkpoint, unless the loss or the weights have gone bad.  keep: also as epoch-K.pt."""
@@ -259,6 +258,7 @@ class StopSignal:
 
     def __init__(self, give_up):
         self.number = 0
+        self.patient = False                                    # once saving has begun
         self.give_up = give_up
         signal.signal(signal.SIGTERM, self.set)
         signal.signal(signal.SIGINT, self.set)
@@ -266,12 +266,13 @@ class StopSignal:
             signal.signal(signal.SIGALRM, lambda number, frame: self.give_up(self.number))
 
     def set(self, number, frame):
-        if not self.number and hasattr(signal, "SIGALRM"):
+        if not self.number and not self.patient and hasattr(signal, "SIGALRM"):
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
         self.number = number
 
     def call_off(self):
-        """Do not give up any more."""
+        """Do not give up any more, nor for a signal that is still to come."""
+        self.patient = True
         if hasattr(signal, "SIGALRM"):
             signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -274,6 +274,11 @@ def restore_optimizer(optimizer, checkpoint):
         raise BadInput("the checkpoint's optimizer does not fit the model that its settings "
                        "describe; it was damaged, or made with other code")
     optimizer.load_state_dict(dict(state=saved["state"], param_groups=own["param_groups"]))
+    # Fused AdamW pairs numbers by their place in memory, and a checkpoint of another device or of
+    # older code may have another memory format: moments are laid out as their parameters are.
+    for parameter, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 # ---------------------------------------------------------------- metrics.csv

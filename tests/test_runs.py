@@ -1,4 +1,5 @@
 """A run's folder: atomic writes, checkpoints that cannot run code, clear refusals."""
+import copy
 import dataclasses
 import errno
 import os
@@ -441,3 +442,30 @@ def test_a_checkpoint_of_other_code_is_named_not_a_traceback(saved, capsys):
             other = load_checkpoint(path)
             runs.restore(build_model(config_of(other), {"position": slice(0, 2)}), other)
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("saved_as", [torch.contiguous_format, torch.channels_last])
+def test_moments_take_the_memory_format_of_their_weights(saved_as):
+    """Fused AdamW pairs by address: after a change of format it would update the wrong weights."""
+    other = {torch.contiguous_format: torch.channels_last}.get(saved_as, torch.contiguous_format)
+
+    def build(memory_format):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(4, 6, 3).to(memory_format=memory_format)
+        return conv, torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+
+    def step(conv, optimizer):
+        grad = torch.Generator().manual_seed(1)
+        for p in conv.parameters():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=grad))
+        optimizer.step()
+
+    conv, optimizer = build(saved_as)
+    step(conv, optimizer)
+    again, restored = build(other)
+    again.load_state_dict(conv.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())           # or both would count one `step`
+    runs.restore_optimizer(restored, dict(optimizer=saved, step=1))
+    step(conv, optimizer)
+    step(again, restored)
+    torch.testing.assert_close(again.weight, conv.weight, atol=1e-6, rtol=0)
