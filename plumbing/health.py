@@ -5,7 +5,7 @@
     health(out)         spread and effective rank of an epoch's last features
     collapsed(row)      a warning, if these say that features have lost their content
 
-Nothing in here is about JEPA. Checked in tests/test_train.py.
+Nothing in here is about JEPA. Checked in tests/test_health.py.
 """
 import time
 

@@ -214,7 +214,7 @@ class Run:
         last = self.config.run_dir / "last.pt"
         kept = "nothing had been saved before"
         if last.exists():
-            kept = f"{last}, at most a minute older, is kept; continue with --resume"
+            kept = f"{last}, the checkpoint before, is kept; continue with --resume"
         print(f"stopped by {signal.Signals(number).name} in step {self.step}, which would have "
               f"taken too long to end; {kept}")
         sys.exit(128 + number)
