@@ -110,6 +110,8 @@ VIT = dict(method=REGION_METHODS)
 DSEQ = dict(method=("dseq-jepa", "dseq-c-jepa"))
 SOLIDS = dict(dataset=("solids",))
 FETCHED = dict(dataset=("stl10", "cifar10", "cifar100"))
+FILES = dict(dataset=("tiny-imagenet", "3diebench", "imagenet", "folder", "clevr-count",
+                      "clevr-distance"))
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Config:
     ema_shape: str = flag("cosine", "how it rises", choices=("cosine", "linear"))
 
     workers: int = flag(0, "threads that decode image files; 0 = one per core", low=0, high=1024,
-                        section="The run")
+                        of=FILES, section="The run")
     resident: str = flag("auto", "images on the device: yes, all; no, batch by batch, read ahead; "
                                  "auto: yes if they fit in half its free memory",
                          choices=("auto", "yes", "no"))
@@ -219,6 +221,11 @@ class Config:
     def views_per_sample(self):
         """Images that the encoders see per sample."""
         return 1 if self.mode == "regions" else self.views + 1
+
+    def reads(self, field):
+        """Whether a run with these settings reads this one of them."""
+        wanted = readers(field).items()
+        return all(getattr(self, setting) in values for setting, values in wanted)
 
     @property
     def run_dir(self):

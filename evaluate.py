@@ -203,21 +203,13 @@ def evaluate(options):
         row["untrained"] = other["value"]
         row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
 
-    n_train = len(views["train"])
-    n_val = len(views["val"])
-    classes = len(views["val"].classes)
-    seconds = time.monotonic() - started
-    print(table(rows))
-    print(f"{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
-          f"{options.samplings} view samplings of a training sample; {seconds:.0f} s on {device}")
-    remarks = remarks_on(views)
-    for remark in remarks:
-        print(f"note: {remark}")
     result = dict(
         checkpoint=str(options.checkpoint), step=checkpoint["step"],
-        config=dataclasses.asdict(settings.config_of(checkpoint)),
-        device=str(device), dataset=data.dataset, classes=classes, n_train=n_train, n_val=n_val,
-        samplings=options.samplings, seconds=round(seconds, 1), remarks=remarks, rows=rows)
+        config=dataclasses.asdict(settings.config_of(checkpoint)), device=str(device),
+        dataset=data.dataset, classes=len(views["val"].classes), n_train=len(views["train"]),
+        n_val=len(views["val"]), samplings=options.samplings,
+        seconds=round(time.monotonic() - started, 1), remarks=remarks_on(views), rows=rows)
+    show(result)
     text = json.dumps(result, indent=1) + "\n"
     save_atomically(result_path(options, run_dir), lambda part: part.write_text(text))
     if options.figures:
@@ -225,6 +217,16 @@ def evaluate(options):
             print(f"drew {printable(figure)}")
         print(f"wrote {printable(write_report(run_dir, result))}")
     return 0
+
+
+def show(result):
+    """Print the table, and what a reader must know of it."""
+    print(table(result["rows"]))
+    print("{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
+          "{samplings} view samplings of a training sample; {seconds:.0f} s on {device}"
+          .format(**result))
+    for remark in result["remarks"]:
+        print(f"note: {remark}")
 
 
 def two_models(checkpoint, config, views, device):
@@ -444,6 +446,12 @@ def parse(argv=None):
                    help="draw the figures and report.html into the run's folder")
     options = p.parse_args(argv)
     options.probe = list(dict.fromkeys(options.probe or []))        # each once, in their order
+    check_options(options)
+    return options
+
+
+def check_options(options):
+    """Raises: BadInput for a number out of its bounds, with their reason."""
     for M in options.views or []:
         if not 1 <= M <= MOST_VIEWS:
             raise BadInput(f"--views {M}: M_val must be at least 1 and at most {MOST_VIEWS}, "
@@ -457,7 +465,6 @@ def parse(argv=None):
                        f"and at most {MOST_EPOCHS:,}; the papers' longest take 300")
     if options.limit is not None and options.limit < 0:
         raise BadInput(f"--limit {options.limit}: must be at least 0, which means all")
-    return options
 
 
 def main(argv=None):

@@ -50,8 +50,10 @@ def check(config, names):
         if not all(cache_path(config, f"{name}-deepgaze").exists() for name in names):
             _find_deepgaze()
     elif source not in ("signature", "uniform"):
-        for name in names:
-            first_look(Path(source), name, config.image_size)
+        kinds = {name: first_look(Path(source), name, config.image_size) for name in names}
+        if len(set(kinds.values())) > 1:
+            words = ", ".join(f"{kind} for {name}" for name, kind in kinds.items())
+            raise BadInput(f"--saliency {source}: maps are {words}; store them as one type")
 
 
 def _flat(images):

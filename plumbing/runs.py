@@ -74,7 +74,9 @@ def open_run(config, main=True):
         raise BadInput(f"{folder / 'last.pt'}: has {error}") from None
     before = dataclasses.asdict(stored)
     now = dataclasses.asdict(config)
-    changed = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
+    # What nobody reads may differ: older code let it be typed, this code refuses it.
+    changed = [k for k in now
+               if k not in MAY_CHANGE and config.reads(k) and before[k] != now[k]]
     if changed:
         words = ", ".join(f"{flags.name_of(k)} {before[k]} (now {now[k]})" for k in changed)
         raise BadInput(f"--resume: {folder} was started with {words}; repeat its command line, "

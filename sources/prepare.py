@@ -3,7 +3,8 @@
     image files, or an array (N, 3, s, s)  ->  images (n, 3, S, S) uint8
     n: what --limit leaves of N.  S: --image-size.  Made once, cached under DATA_DIR/.cache.
 
-torchvision is imported where it is used: it takes a second, and a mistyped flag is refused before.
+torchvision, and Pillow that comes with it, are imported where they are used: they take a second,
+and a mistyped flag is refused before.
 Checked in tests/test_datasets.py; bad files in tests/test_hostile_data.py.
 """
 import hashlib
@@ -14,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from images import Part
 from plumbing.cache import cache_path, cached
@@ -226,6 +226,7 @@ def decode(path, size, smallest=1):
 
     smallest: side that the image in the file must have, pixels.
     Raises: BadInput, naming the file, for what is no intact image, too small, large or narrow."""
+    from PIL import Image
     from torchvision.transforms.v2 import functional as TF
     require_file(path, "expected an image there; fetch the data set again")
     try:
@@ -250,6 +251,7 @@ def rgb(image):
     dropped, CMYK converted without a profile, both as torchvision does. EXIF's word on how the
     camera was held is followed, which torchvision does not.
     Raises: ValueError for numbers without a known white, for a mere line of pixels."""
+    from PIL import Image, ImageOps
     width, height = image.size
     if max(width, height) > NARROWEST * min(width, height):
         raise ValueError(f"{width} x {height} pixels, more than {NARROWEST} times as long as wide")

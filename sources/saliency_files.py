@@ -30,9 +30,12 @@ def published(folder, part, size):
 
 
 def first_look(folder, name, size):
-    """Raises: BadInput for what can be seen before the images are there: all but their count."""
+    """Type of the numbers of a part's maps.
+
+    Raises: BadInput for what can be seen before the images are there: all but their count."""
     path, maps = open_maps(folder, name, size)
     check_densities(maps[:MAPS_AT_ONCE], path)
+    return maps.dtype
 
 
 def open_maps(folder, name, size):

@@ -48,3 +48,14 @@ def test_a_seed_is_a_function_of_its_numbers():
 def test_devices_that_are_not_there_are_refused(name):
     with pytest.raises(BadInput, match=f"--device {name}"):
         pick_device(name)
+
+
+def test_cudnn_s_attention_is_off_wherever_a_gpu_is_picked(monkeypatch):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    pick_device("cpu")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    pick_device("auto")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)

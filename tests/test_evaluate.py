@@ -491,3 +491,8 @@ def test_all_heads_beat_noise_on_informative_features(make_config):
         top1 = next(probes.probe_classify(None, *pair, setup))["value"]
         score = next(probes.probe_action(None, *pair, setup))["value"]
         assert (top1 > 90 and score > 0.9) if informative else (top1 < 50 and score < 0.1)
+
+
+def test_objects_of_more_renders_than_the_preset_s_are_no_published_run(make_config):
+    config = make_config("solids", "rotation", object_views=60, views=50)
+    assert not evaluate.as_published(config) and evaluate.paper_numbers(config) == {}

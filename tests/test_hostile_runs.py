@@ -761,6 +761,40 @@ def test_to_save_may_take_its_time(run, monkeypatch):
     assert runs.load_checkpoint(folder / "last.pt")["step"] == 7
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["in between", "at the end"])
+def test_a_signal_during_a_save_waits_for_it(last, run, monkeypatch):
+    argv, folder = run
+    monkeypatch.setattr(loop, "GRACE_SECONDS", 0.2)
+    if not last:
+        monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
+    save = runs.save_checkpoint
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        save(*args)
+
+    monkeypatch.setattr(runs, "save_checkpoint", interrupted)
+    status = train.main(argv)
+    checkpoint = runs.load_checkpoint(folder / "last.pt")
+    if last:
+        assert status == 0 and (folder / "curves.png").exists()
+    else:
+        assert status == 128 + signal.SIGTERM and checkpoint["step"] == 8
+
+
+def test_a_flag_that_older_code_let_be_typed_does_not_hinder_resuming(run):
+    """Mode saccade never read --rotation-range: a run that has another value there goes on."""
+    argv, folder = run
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    checkpoint["config"]["rotation_range"] = 0.5
+    torch.save(checkpoint, folder / "last.pt")
+    assert train.main(argv) == 0
+    checkpoint["config"]["patch_size"] = 9
+    torch.save(checkpoint, folder / "last.pt")
+    assert train.main(argv) == 2
+
+
 @pytest.mark.parametrize("fails", ["save_checkpoint", "append_metrics"])
 def test_a_full_disk_s_line_stands_alone_and_nothing_says_100_percent(
     fails, photos, tmp_path, capsys, monkeypatch

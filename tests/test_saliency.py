@@ -574,3 +574,16 @@ def test_centre_bias_that_is_no_map_is_named(config, stand_in, write):
     write(Path(config.data_dir) / "centerbias_mit1003.npy")
     with pytest.raises(BadInput, match="centerbias_mit1003.npy"):
         S.saliency_maps("deepgaze", square_split((12, 30)), config, CPU)
+
+
+@pytest.mark.parametrize("kind, good", [(np.float32, True), (np.float16, False)])
+def test_maps_of_the_parts_of_a_split_are_of_one_type(kind, good, make_config, tmp_path):
+    """STL-10's pretrain split has two parts, whose rows are gathered into one batch."""
+    np.save(tmp_path / "saliency_train.npy", np.ones((2, 96, 96), np.float32))
+    np.save(tmp_path / "saliency_unlabeled.npy", np.ones((2, 96, 96), kind))
+    config = make_config("stl10", "saccade", saliency=str(tmp_path))
+    if good:
+        S.check(config, ("unlabeled", "train"))
+    else:
+        with pytest.raises(BadInput, match="float16 for unlabeled, float32 for train"):
+            S.check(config, ("unlabeled", "train"))
