@@ -20,6 +20,7 @@ from plumbing.flags import flag
 from regions import Crops
 from rotations import Rotations
 from saccades import Saccades
+from sources.solids import MATERIALS
 
 # --mode: what a view and an action are.  images.Views says what a class needs to stand here.
 MODES = {"saccade": Saccades, "rotation": Rotations, "augment": Augmentations, "regions": Crops}
@@ -129,10 +130,14 @@ class Config:
     saliency: str = flag("signature",
                          "signature | uniform | deepgaze | a folder of saliency_SPLIT.npy")
     ior: bool = flag(True, "inhibition of return")
+    inside: bool = flag(False, "fixate only where the whole patch lies inside the image (ours)")
     rotation_range: float = flag(1.5707964, "largest rotation angle, radians",
                                  low=0, high=3.1416, of=SOLIDS)
     hue_range: float = flag(1.0, "spread of floor and light hues: 1 = any hue, 0 = always the same",
                             low=0, high=1, of=SOLIDS)
+    material: str = flag("free", "of solids; free: colours of its own for each object, which say "
+                                 "nothing of its class; plain: the same for all", of=SOLIDS,
+                         choices=MATERIALS)
     object_views: int = flag(50, "renders per object", low=1, high=1000, of=SOLIDS)
     limit: int = flag(0, "use N images or objects of each split, a seeded class-balanced choice; "
                          "0 = all", low=0, high=MOST_IMAGES)

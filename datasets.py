@@ -248,8 +248,9 @@ def read_solids(config, split):
         count = max(len(shapes.CLASSES), count // 4)
     views = config.object_views
     size = config.image_size
-    settings = dict(seed=SPLIT_SEED, rotation_range=config.rotation_range,
-                    hue_range=config.hue_range)
+    latents_of = dict(seed=SPLIT_SEED, rotation_range=config.rotation_range,
+                      hue_range=config.hue_range)
+    settings = dict(latents_of, material=config.material)
     code = [_digest(solids.__file__), _digest(shapes.__file__)]
     source = dict(dataset="solids", part=name, code=code, **settings)
 
@@ -264,7 +265,7 @@ def read_solids(config, split):
     shape = (count, views, 3, size, size)
     images = cached(path, source, shape, np.uint8, fill, f"rendering {name} solids")
     labels = solids.sample_objects(count, SPLIT_SEED, name).labels
-    latents = solids.sample_latents(count, views, split=name, **settings)
+    latents = solids.sample_latents(count, views, split=name, **latents_of)
     return Reading([Part(images, name, None, count)], labels.numpy(), list(shapes.CLASSES),
                    dict(source, shape=images.shape), latents.numpy())
 

@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 
 import config as settings
-import figures
-import figures_regions
 import probes
 import probes_regions
 from build import build_model, build_views
+from figures import regions as figures_of_regions
+from figures import sequences as figures
 from plumbing import command, flags
 from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
@@ -113,7 +113,7 @@ PROTOCOLS = {
         measure=probes_regions.measure_images,
         online=probes_regions.online_regions,
         online_columns=("knn_patches", "knn_cls"),
-        draw=figures_regions.draw_all),
+        draw=figures_of_regions.draw_all),
 }
 
 

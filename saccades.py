@@ -61,6 +61,14 @@ def sample_fixations(saliency, count, patch_size, ior=True, generator=None):
     return torch.stack(fixations, dim=1)
 
 
+def sample_inside(saliency, count, patch_size, ior=True, generator=None):
+    """sample_fixations, but only where the whole patch lies inside the image (--inside, ours)."""
+    H, W = saliency.shape[1:]
+    first = patch_size // 2                                 # row or column with the patch inside
+    interior = saliency[:, first:H - patch_size + first + 1, first:W - patch_size + first + 1]
+    return sample_fixations(interior, count, patch_size, ior, generator) + first
+
+
 def crop_patches(images, fixations, patch_size, mean, std):
     """Integer crops around fixations, normalised; zero, that is mean grey, beyond the border.
 
@@ -91,7 +99,7 @@ class Saccades(Views):
     params (B, M+1, 2): the fixation's own (x, y), image sides."""
 
     conditions = ("position", "none")
-    reads = ("patch_size", "saliency", "ior")
+    reads = ("patch_size", "saliency", "ior", "inside")
     groups = {"position": slice(0, 2)}
     param_groups = {"position": slice(0, 2)}
     maps = {"x of fixation": 0, "y of fixation": 1}
@@ -102,6 +110,7 @@ class Saccades(Views):
         self.saliency = Store(maps, device, config.resident)
         self.patch_size = config.patch_size
         self.ior = config.ior
+        self.inside = config.inside
 
     def __call__(self, index, M):
         """index (B,) int64 on the CPU -> Batch of M observed views and the one after."""
@@ -119,8 +128,8 @@ class Saccades(Views):
         """Look at each image `count` times.
 
         ->  fixations (B, count, 2), patches (B, count, 3, p, p)"""
-        saliency = self.saliency[index]
-        fixations = sample_fixations(saliency, count, self.patch_size, self.ior)
+        sample = sample_inside if self.inside else sample_fixations
+        fixations = sample(self.saliency[index], count, self.patch_size, self.ior)
         return fixations, self.to_views(self.images[index], fixations)
 
     def to_views(self, images, fixations):

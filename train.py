@@ -20,7 +20,7 @@ import torch
 import config as settings
 from build import build_model, build_views
 from evaluate import online, protocol
-from figures import draw_curves
+from figures.sequences import draw_curves
 from plumbing.device import refuse_giant
 from plumbing.loop import Run, launch, next_batch
 

@@ -1,6 +1,6 @@
 """How a command that does not train begins and ends: in its result, or in one line that says why.
 
-    run(work, parse, argv)      main of evaluate.py, figures_regions.py and the benchmarks; that of
+    run(work, parse, argv)      main of evaluate.py, figures/regions.py and the benchmarks; that of
                                 train.py, which may be several processes, is loop.launch
     refuse_unwritable(path, what_to_do)
                                 said before the work whose result would go there

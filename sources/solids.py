@@ -44,6 +44,8 @@ CAMERA_FILL = 0.2
 SPOT_STRENGTH = 0.55
 LIGHT_SATURATION = 0.5
 STRIPE_STRENGTH = 0.12
+MATERIALS = ("free", "plain")       # three colours of its own for each object; the same for all
+PLAIN_COLOURS = ((0.72, 0.52, 0.34), (0.52, 0.36, 0.24), (0.38, 0.27, 0.19))    # RGB, of each part
 PLAIN_FLOOR_HUE = 0.6               # what hues shrink to as hue_range goes to 0
 PLAIN_LIGHT_HUE = 0.12
 FAR = 1e9                           # t of a ray that hits nothing
@@ -93,8 +95,11 @@ def generator(stream: int, seed: int, split: str, index: int) -> np.random.Gener
     return np.random.default_rng(np.random.SeedSequence(entropy))
 
 
-def sample_objects(n: int, seed: int, split: str) -> Solids:
-    """Objects 0..n-1 of a split. Classes take turns: label i % 16. No object depends on n."""
+def sample_objects(n: int, seed: int, split: str, material: str = "free") -> Solids:
+    """Objects 0..n-1 of a split. Classes take turns: label i % 16. No object depends on n.
+
+    material: one of MATERIALS. With "plain" all objects have the same colours, so that shape is
+    what there is to see."""
     P = PRIMITIVES
     rows = np.zeros((n, P, 13))                 # as shapes.box makes them
     rows[..., 0] = NOTHING
@@ -115,6 +120,8 @@ def sample_objects(n: int, seed: int, split: str) -> Solids:
     centre, half = fit_unit_ball(kind, rows[..., 1:4], rows[..., 4:7], axes, ends)
     part = rows[..., 12].long().clamp(min=0)
     colours = hsv_to_rgb(*torch.from_numpy(palette).float().unbind(-1))
+    if material == "plain":
+        colours = torch.tensor(PLAIN_COLOURS).expand_as(colours)
     colour = colours.gather(1, part[..., None].expand(n, P, 3))
     labels = torch.arange(n) % len(RECIPES)
     return Solids(labels, kind, centre, half, axes, ends, colour, torch.from_numpy(stripes).float())
@@ -415,12 +422,13 @@ def render(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor,
 
 
 def render_split(split: str, n_objects: int, n_views: int, size: int, seed: int,
-                 rotation_range: float = math.pi / 2, hue_range: float = 1.0, device="cpu",
+                 rotation_range: float = math.pi / 2, hue_range: float = 1.0,
+                 material: str = "free", device="cpu",
                  batch: int = 16) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (slice of objects, images uint8 (b, n_views, 3, size, size)).
 
     Their labels and latents come from sample_objects and sample_latents."""
-    solids = sample_objects(n_objects, seed, split)
+    solids = sample_objects(n_objects, seed, split, material)
     latents = sample_latents(n_objects, n_views, seed, split, rotation_range, hue_range)
     for start in range(0, n_objects, batch):
         objects = slice(start, min(start + batch, n_objects))

@@ -11,10 +11,10 @@ from test_train import command
 import config as settings
 import datasets
 import evaluate
-import figures_runs
 import probes
 import train
 from build import build_model, build_views
+from figures.runs import draw_transfer
 from plumbing import runs
 from plumbing.errors import BadInput
 from plumbing.runs import load_checkpoint
@@ -314,7 +314,7 @@ def test_transfer_probes_another_data_set(trained, photos, tmp_path):
         and one["gmac"] < three["gmac"] < 3 * one["gmac"]
     )
     assert f"M=3, {three['gmac']:.3g}e9 MAC" in three["from"]
-    assert figures_runs.draw_transfer(
+    assert draw_transfer(
         [run / "probes-transfer-folder.json"], tmp_path / "transfer.png"
     ).exists()
 

@@ -9,8 +9,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import figures
 from build import build_model
+from figures import sequences as figures
 from images import Batch, Views, normalise
 from plumbing.report import write_report
 from plumbing.runs import append_metrics
@@ -81,7 +81,7 @@ def test_nearest_neighbours_are_the_nearest(tmp_path, monkeypatch):
 
 
 class Shifts(Views):
-    """A mode that figures.py cannot know: a view is the image moved, an action how far."""
+    """A mode that the figures cannot know: a view is the image moved, an action how far."""
 
     groups = {"shift": slice(0, 1)}
 

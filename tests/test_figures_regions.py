@@ -4,10 +4,10 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-import figures_regions
 import train
 from build import build_model, build_views
-from figures_regions import k_means, step_losses
+from figures import regions as figures_regions
+from figures.regions import k_means, step_losses
 
 
 def test_k_means_finds_what_scikit_learn_finds():

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.axes import Axes
 from test_figures import drawn, rows
 
-import figures_runs
+from figures import runs
 from probes import row
 
 
@@ -24,7 +24,7 @@ def test_heatmap_puts_each_run_in_its_cell(tmp_path, monkeypatch):
         "imshow",
         lambda self, values, **kw: shown.append(values) or original(self, values, **kw),
     )
-    assert drawn(figures_runs.draw_heatmap(files, tmp_path / "heat.png"))
+    assert drawn(runs.draw_heatmap(files, tmp_path / "heat.png"))
     assert shown == [[[20.0, 40.0], [20.0, 40.0]]]
 
 
@@ -67,7 +67,7 @@ def test_sweep_joins_the_means_of_seeds_at_every_training_length(tmp_path, plott
         result(tmp_path, "a", measured(30.0, 0.2), views=1),
         result(tmp_path, "b", measured(40.0, 0.4), views=1),
     ]
-    assert drawn(figures_runs.draw_sweep(files, tmp_path / "sweep.png"))
+    assert drawn(runs.draw_sweep(files, tmp_path / "sweep.png"))
     assert plotted == {
         "rotation": [([1, 3], pytest.approx([0.3, 0.7]))],
         "M_val 3": [([1, 3], [35.0, 50.0])],
@@ -77,7 +77,7 @@ def test_sweep_joins_the_means_of_seeds_at_every_training_length(tmp_path, plott
 def test_sweep_keeps_data_sets_and_conditions_apart(tmp_path, plotted):
     rows = [row("action", "rotation", "z_1, z_2", "", 1, "R2", 0.5)]
     files = [result(tmp_path, "a", rows), result(tmp_path, "b", rows, condition="none")]
-    assert drawn(figures_runs.draw_sweep(files, tmp_path / "sweep.png"))
+    assert drawn(runs.draw_sweep(files, tmp_path / "sweep.png"))
     assert list(plotted) == [
         "solids rotation, condition rotation: rotation",
         "solids rotation, condition none: rotation",
@@ -104,7 +104,7 @@ def test_transfer_is_drawn_against_length_and_cost(tmp_path, plotted):
         result(tmp_path, "a", measured(84, [(4, 30.0), (1, 20.0)])),
         result(tmp_path, "b", measured(32, [(1, 10.0), (8, 15.0)])),
     ]
-    assert drawn(figures_runs.draw_transfer(files, tmp_path / "transfer.png"))
+    assert drawn(runs.draw_transfer(files, tmp_path / "transfer.png"))
     assert plotted["a, patches of 84 px"] == [([1, 4], [20.0, 30.0]), ([8.4, 33.6], [20.0, 30.0])]
     assert plotted["b, patches of 32 px"] == [([1, 8], [10.0, 15.0]), ([3.2, 25.6], [10.0, 15.0])]
     assert plotted["a, patches of 84 px, untrained"][0] == ([1, 4], [1.0, 1.0])

@@ -1,4 +1,4 @@
-"""Whatever is typed after evaluate.py, figures_regions.py or the benchmarks, and whatever lies in a
+"""Whatever is typed after evaluate.py, figures/regions.py or the benchmarks, and whatever lies in a
 run's folder: a correct result, or one line that says what is wrong, at once, and no new file.
 
 CASES is the table; a row is a command, perhaps a damage done before it, and words of the refusal.
@@ -24,12 +24,10 @@ import torch
 from PIL import Image
 
 import evaluate
-import figures
-import figures_regions
-import figures_runs
 import probes
 import train
 from benchmarks import bench, smoke
+from figures import canvas, regions, runs, sequences
 from plumbing.errors import BadInput
 from plumbing.report import write_report
 from plumbing.runs import load_checkpoint
@@ -47,7 +45,7 @@ MODES = {
     "regions": ["--dataset", "folder", "--mode", "regions", "--encoder", "vit-nano",
                 "--image-size", "32", "--patch-size", "8", "--min-patches", "2"],
 }
-MAINS = {"evaluate": evaluate.main, "figures_regions": figures_regions.main, "bench": bench.main,
+MAINS = {"evaluate": evaluate.main, "figures.regions": regions.main, "bench": bench.main,
          "smoke": smoke.main}
 
 
@@ -281,20 +279,20 @@ CHECKPOINTS = [
     damaged("finite", with_weights(math.nan), mode="regions", data=True),
 ]
 FIGURES_REGIONS = [
-    case("required: CHECKPOINT", "figures_regions"),
-    case("unrecognized arguments", "figures_regions", "x.pt", "--nope"),
-    case("no checkpoint there", "figures_regions", "RUN"),
-    case("no checkpoint there", "figures_regions", "/dev/zero"),
-    case("not a checkpoint of this project", "figures_regions", "RUN/encoder.pt"),
-    case("was trained in mode saccade", "figures_regions", "RUN/last.pt"),
-    case("no such folder", "figures_regions", "RUN/last.pt", "--out", "nowhere", mode="regions"),
-    case("no such folder", "figures_regions", "RUN/last.pt", "--out", "RUN/last.pt",
+    case("required: CHECKPOINT", "figures.regions"),
+    case("unrecognized arguments", "figures.regions", "x.pt", "--nope"),
+    case("no checkpoint there", "figures.regions", "RUN"),
+    case("no checkpoint there", "figures.regions", "/dev/zero"),
+    case("not a checkpoint of this project", "figures.regions", "RUN/encoder.pt"),
+    case("was trained in mode saccade", "figures.regions", "RUN/last.pt"),
+    case("no such folder", "figures.regions", "RUN/last.pt", "--out", "nowhere", mode="regions"),
+    case("no such folder", "figures.regions", "RUN/last.pt", "--out", "RUN/last.pt",
          mode="regions"),
-    case("clusters.png: is no plain file", "figures_regions", "RUN/last.pt", "--out", "RUN",
+    case("clusters.png: is no plain file", "figures.regions", "RUN/last.pt", "--out", "RUN",
          damage=instead("clusters.png", os.mkdir), mode="regions"),
-    case("nowhere: ", "figures_regions", "RUN/last.pt", "--data-dir", "nowhere", mode="regions",
+    case("nowhere: ", "figures.regions", "RUN/last.pt", "--data-dir", "nowhere", mode="regions",
          data=True),
-    case("finite", "figures_regions", "RUN/last.pt", "--out", "RUN", mode="regions",
+    case("finite", "figures.regions", "RUN/last.pt", "--out", "RUN", mode="regions",
          damage=with_weights(math.nan), data=True),
 ]
 BENCHMARKS = [
@@ -343,7 +341,7 @@ def test_bad_input_is_one_line_at_once_and_no_file(case, made, copied, tmp_path,
     if case.damage:
         case.damage(run)
     if not case.data:
-        for module in (evaluate, figures_regions):
+        for module in (evaluate, regions):
             monkeypatch.setattr(module, "build_views", lambda *_: pytest.fail("data was read"))
     monkeypatch.chdir(tmp_path)
     before = listing(run) | listing(tmp_path)
@@ -442,7 +440,7 @@ def measured():
     return dict(checkpoint="x/last.pt", step=3, config=config, dataset="folder", rows=rows)
 
 
-DRAWERS = (figures_runs.draw_heatmap, figures_runs.draw_sweep, figures_runs.draw_transfer)
+DRAWERS = (runs.draw_heatmap, runs.draw_sweep, runs.draw_transfer)
 WRONG_JSON = [
     b"", b"{", b"null", b"[]", b"3", b'"rows"', b"\xff\xfe\0", b"{}", b'{"rows": []}',
     b"[" * 100_000, b'{"rows": ' + b"9" * 5000 + b"}", b"\x89PNG\r\n",
@@ -521,14 +519,14 @@ NAMES = ["$x^2$", "$", "$$", r"\$", r"$\frac{1}{", "cost: 5$ to 9$", "_hidden", 
 def test_any_name_of_a_class_is_drawn_as_it_is_spelt(tmp_path):
     n = len(NAMES)
     views = SimpleNamespace(classes=NAMES, maps={})
-    gallery = figures.Gallery(torch.rand(n, 4, 4, 3), torch.randn(n, 4), torch.randn(n, 4),
+    gallery = sequences.Gallery(torch.rand(n, 4, 4, 3), torch.randn(n, 4), torch.randn(n, 4),
                               torch.rand(n, 2), torch.arange(n))
     config = SimpleNamespace(mode="saccade", condition="none", views=2)
-    figures.draw_retrieval(gallery, views, tmp_path / "retrieval.png", count=n)
-    figures.draw_maps(gallery, views, config, tmp_path / "maps.png")
+    sequences.draw_retrieval(gallery, views, tmp_path / "retrieval.png", count=n)
+    sequences.draw_maps(gallery, views, config, tmp_path / "maps.png")
     from matplotlib.text import Text
     for name in NAMES:
-        shown, is_math = Text()._preprocess_math(figures.plain(name))
+        shown, is_math = Text()._preprocess_math(canvas.plain(name))
         assert not is_math and shown.strip().startswith(name[:1].strip(" \x00\n\t\udcff\u202e"))
 
 
@@ -537,10 +535,10 @@ def test_every_class_has_its_line_in_the_legend(tmp_path, monkeypatch):
     legends = []
     monkeypatch.setattr(Axes, "legend", lambda self, handles, names, **kw: legends.append(names))
     views = SimpleNamespace(classes=["_background", "$x$"], maps={})
-    gallery = figures.Gallery(torch.rand(8, 4, 4, 3), torch.randn(8, 4), torch.randn(8, 4),
+    gallery = sequences.Gallery(torch.rand(8, 4, 4, 3), torch.randn(8, 4), torch.randn(8, 4),
                               torch.rand(8, 2), torch.arange(8) % 2)
     config = SimpleNamespace(mode="saccade", condition="none", views=2)
-    figures.draw_maps(gallery, views, config, tmp_path / "maps.png")
+    sequences.draw_maps(gallery, views, config, tmp_path / "maps.png")
     assert legends == [[" _background", r"\$x\$"]]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from saccades import Saccades, crop_patches, sample_fixations
+from saccades import Saccades, crop_patches, sample_fixations, sample_inside
 
 DRAWS = 60_000
 
@@ -196,6 +196,38 @@ def test_clean_is_the_whole_normalised_image(make_config, make_split):
         split.std, (3, 1, 1)
     )
     np.testing.assert_allclose(views.clean(torch.tensor([2]))[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch, size", [(5, (12, 9)), (4, (12, 9)), (9, (12, 9)), (1, (3, 3))])
+def test_inside_every_patch_lies_whole_in_the_image(patch, size):
+    """With all mass on the border, with none, and when more is looked at than there is room for."""
+    H, W = size
+    border = torch.zeros(300, H, W)
+    border[:, 0] = 1
+    for saliency in (border, torch.ones(300, H, W), torch.zeros(300, H, W)):
+        first = sample_inside(saliency, 6, patch) - patch // 2
+        assert (first >= 0).all()
+        assert (first + patch <= torch.tensor(size)).all()
+        reached = {tuple(place) for place in first.flatten(0, 1).tolist()}
+        assert len(reached) == (H - patch + 1) * (W - patch + 1)        # and every place is reached
+
+
+def test_inside_follows_the_map_there():
+    saliency = torch.zeros(5000, 6, 6)
+    saliency[:, 0, 0] = 100                 # a patch of 3 there would reach beyond the border
+    saliency[:, 2, 3] = 3
+    saliency[:, 4, 1] = 1
+    places = sample_inside(saliency, 1, 3)[:, 0].tolist()
+    assert {tuple(place) for place in places} == {(2, 3), (4, 1)}
+    counts = [places.count([2, 3]), places.count([4, 1])]
+    assert chisquare(counts, [3750, 1250]).pvalue > 1e-4
+
+
+def test_inside_is_a_switch_of_the_mode(make_config, make_split):
+    views = Saccades(make_split(n=8, size=16), make_config(patch_size=8, inside=True),
+                     torch.device("cpu"))
+    fixations, _ = views.scanpaths(torch.arange(8), 4)
+    assert fixations.min() >= 4 and fixations.max() <= 12
 
 
 def test_renders_of_an_object_count_as_images(make_config, make_split):

@@ -408,3 +408,14 @@ def test_hue_range_shrinks_hues_alone():
         assert full[..., column].min() < .1 and full[..., column].max() > .9
         torch.testing.assert_close(half[..., column], (full[..., column] + plain) / 2)
         torch.testing.assert_close(none[..., column], torch.full((40, 3), plain))
+
+
+def test_plain_material_changes_colours_alone():
+    """Same shapes and patterns; every object's part has the same colour, whatever its class."""
+    free = sample_objects(20, 0, "train")
+    plain = sample_objects(20, 0, "train", "plain")
+    for field in set(free._fields) - {"colour"}:
+        assert torch.equal(getattr(free, field), getattr(plain, field))
+    colours = plain.colour[plain.kind != solids.NOTHING].unique(dim=0)
+    torch.testing.assert_close(colours, torch.tensor(sorted(solids.PLAIN_COLOURS)))
+    assert len(free.colour[free.kind != solids.NOTHING].unique(dim=0)) > 20

@@ -8,36 +8,36 @@
                             lengths.png     accuracy against M_val (Fig. 8, right)
                             path.png        path integration (Fig. 7)
 
-Figures of several runs: figures_runs.py; of mode `regions`: figures_regions.py. Every function
-reads the same way: get the numbers, draw, label, save.
-Colours are Okabe & Ito's and viridis, which colour-blind readers can tell apart.
+Every function reads the same way: get the numbers, draw, label, save.
 Checked in tests/test_figures.py.
 """
 import math
 import re
 from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from figures.canvas import (
+    BLUE,
+    CYCLE,
+    GREEN,
+    ORANGE,
+    RED,
+    bare,
+    legend_below,
+    plain,
+    save,
+    spread,
+    subplots,
+    title_columns,
+    to_pixels,
+)
 from plumbing import runs
 from plumbing.device import seed_all
-from plumbing.files import save_atomically
-
-BLUE = "#0072B2"
-ORANGE = "#E69F00"
-GREEN = "#009E73"
-RED = "#D55E00"
-PINK = "#CC79A7"
-SKY = "#56B4E9"
-YELLOW = "#F0E442"
-BLACK = "#000000"
-CYCLE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK)
 
 GALLERY = 1500      # validation samples that a figure of features shows at most
-LONGEST_NAME = 60   # characters of a class or a run that a figure shows
 FEW = 100           # with fewer points than this there are no neighbourhoods for UMAP to keep
 
 # Panels of curves.png: title -> columns of metrics.csv. A run shows the columns that it measured.
@@ -261,6 +261,10 @@ def _scatter_classes(axis, points, labels, views):
                      label=_class_name(views, label))
 
 
+def _class_name(views, label):
+    return plain(views.classes[label]) if label >= 0 else "unlabelled"
+
+
 def project(x):
     """Features (n, D) -> points (n, 2) and the method's name: UMAP if it is installed, else PCA."""
     if len(x) < FEW:
@@ -324,12 +328,6 @@ def draw_path(rows, path):
     return save(figure, path)
 
 
-def legend_below(figure, axis):
-    """Names of the axis' lines under everything else, where they hide no line."""
-    lines, names = axis.get_legend_handles_labels()
-    figure.legend(lines, names, fontsize=8, loc="outside lower center", ncols=2)
-
-
 def by_length(rows, probe):
     """The rows of a probe that name an inference length, as [(M_val, row), ...] by M_val."""
     found = []
@@ -354,62 +352,3 @@ def draw_all(model, views, config, rows, run_dir, draw_views=draw_sequences):
         yield draw_lengths(rows, config, run_dir / "lengths.png")
     if by_length(rows, "path"):
         yield draw_path(rows, run_dir / "path.png")
-
-
-# ---------------------------------------------------------------- shared with the other figures
-
-def subplots(down=1, across=1, *, figsize, **options):
-    """A figure and its axes, as pyplot's; nothing has to be closed.
-
-    Matplotlib is imported where something is drawn: who only trains, or has mistyped a flag, does
-    not wait for it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=figsize, layout="constrained")
-    return figure, figure.subplots(down, across, **options)
-
-
-def plain(words):
-    """Words that a user chose, such as the name of a class, as they can stand in a figure.
-
-    Matplotlib would set `$...$` as mathematics, leave a name with `_` before it out of legends, and
-    end in an error at what is no text."""
-    words = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(words))
-    if len(words) > LONGEST_NAME:
-        words = words[:LONGEST_NAME] + "\N{HORIZONTAL ELLIPSIS}"
-    if words.startswith("_"):
-        words = " " + words
-    return words.replace("$", r"\$")
-
-
-def spread(views, count):
-    """`count` sample indices, evenly over the split."""
-    return torch.linspace(0, len(views) - 1, count).long()
-
-
-def to_pixels(images, views):
-    """Normalised (..., 3, H, W) on any device -> (..., H, W, 3) in [0, 1], NumPy."""
-    images = images * views.std.view(3, 1, 1) + views.mean.view(3, 1, 1)
-    return images.clamp(0, 1).movedim(-3, -1).cpu().numpy()
-
-
-def _class_name(views, label):
-    return plain(views.classes[label]) if label >= 0 else "unlabelled"
-
-
-def bare(axes):
-    """Pictures without ticks."""
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-
-
-def title_columns(axes, titles):
-    """Words above each column of a grid of pictures."""
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
-
-
-def save(figure, path):
-    """Write the figure.  -> path"""
-    save_atomically(Path(path), lambda part: figure.savefig(part, dpi=110, format="png"))
-    return path

@@ -5,11 +5,11 @@
                     steps.png       prediction loss of step k (Fig. 4)
                     clusters.png    k-means of patch tokens (Figs. 6, 7)
 
-evaluate.py --figures calls it. As a script, this file draws clusters.png over the course of
+evaluate.py --figures calls it. As a script, it draws clusters.png over the course of
 training, a column a checkpoint, and regions.png of the last one; or both, on any folder of images:
 
-    python figures_regions.py runs/NAME/epoch-*.pt
-    python figures_regions.py runs/NAME/last.pt --data-dir PHOTOS
+    python -m figures.regions runs/NAME/epoch-*.pt
+    python -m figures.regions runs/NAME/last.pt --data-dir PHOTOS
 
 Checked in tests/test_figures_regions.py.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from build import build_model, build_views
 from config import config_of
 from dseq_jepa import sequential
-from figures import BLUE, CYCLE, bare, save, spread, subplots, title_columns, to_pixels
+from figures.canvas import BLUE, CYCLE, bare, save, spread, subplots, title_columns, to_pixels
 from plumbing import command, flags
 from plumbing.command import refuse_unwritable
 from plumbing.device import seed_all
@@ -261,7 +261,7 @@ def _load(path, data_dir):
 def parse(argv=None):
     """Options from the command line."""
     p = flags.Parser(
-        prog="figures_regions.py",
+        prog="python -m figures.regions",
         description="Regions, and patch clusters over the course of training (Figs. 3, 6, 7).")
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
                    help="epoch-*.pt and last.pt of a run trained with --keep-every K")

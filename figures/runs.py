@@ -13,7 +13,8 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from figures import CYCLE, by_length, legend_below, plain, save, subplots
+from figures.canvas import CYCLE, legend_below, plain, save, subplots
+from figures.sequences import by_length
 from plumbing.errors import BadInput
 
 WORDS = ("probe", "predicts", "from")                       # of a row

@@ -1,0 +1,1 @@
+"""Nothing of the papers' models is in here: how their figures are drawn, from your runs."""
