@@ -314,13 +314,20 @@ def plan(run, seed, claims, options):
     untrained = any(claim.first.run == run for claim in claims)
     samplings = SAMPLINGS[mode]
     probe = [sys.executable, str(HERE / "evaluate.py"), str(config.run_dir / "last.pt"),
-             "--samplings", str(samplings)]
+             "--samplings", str(samplings), "--json", str(config.run_dir / "probes.json"),
+             "--probe", *probes_of(run)]
     if not untrained:
         probe.append("--no-untrained")
     if seed == options.seeds[0]:
         probe.append("--figures")
     train = [sys.executable, str(HERE / "train.py"), *argv, "--resume"]
     return Plan(run, seed, config, train, probe, untrained, samplings)
+
+
+def probes_of(run):
+    """Names of the probes that claims read of a run, whichever claims are asked for."""
+    numbers = [number for claim in CLAIMS for number in (claim.first, claim.second)]
+    return list(dict.fromkeys(number.probe for number in numbers if number.run == run))
 
 
 # ---------------------------------------------------------------- judging them

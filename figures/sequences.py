@@ -34,11 +34,13 @@ from figures.canvas import (
     title_columns,
     to_pixels,
 )
+from figures.tsne import tsne
 from plumbing import runs
 from plumbing.device import seed_all
 
+DOT = 12            # area of a point in a map, square points
 GALLERY = 1500      # validation samples that a figure of features shows at most
-FEW = 100           # with fewer points than this there are no neighbourhoods for UMAP to keep
+FEW = 100           # with fewer points than this there are no neighbourhoods to keep
 
 # Panels of curves.png: title -> columns of metrics.csv. A run shows the columns that it measured.
 PANELS = {
@@ -226,14 +228,14 @@ def draw_maps(gallery, views, config, path):
     flat_agg, _ = project(gallery.z_agg)
 
     down = 2 if views.maps else 1
-    across = max(3, len(views.maps))
-    figure, axes = subplots(down, across, figsize=(3.4 * across, 3.2 * down), squeeze=False)
-    z_axis, agg_axis, legend_axis = axes[0, :3]
+    across = max(2, len(views.maps))
+    figure, axes = subplots(down, across, figsize=(3.4 * across + 1.6, 3.2 * down), squeeze=False)
+    z_axis, agg_axis = axes[0, :2]
     _scatter_classes(z_axis, flat_z, gallery.labels, views)
     _scatter_classes(agg_axis, flat_agg, gallery.labels, views)
     for axis, column in zip(axes[-1], views.maps.values()):
         values = gallery.params[:, column]
-        points = axis.scatter(*flat_z.T, s=6, c=values, cmap="viridis", linewidths=0)
+        points = axis.scatter(*flat_z.T, s=DOT, c=values, cmap="viridis", linewidths=0)
         figure.colorbar(points, ax=axis)
 
     bare(axes)
@@ -246,7 +248,7 @@ def draw_maps(gallery, views, config, path):
     handles, names = z_axis.get_legend_handles_labels()
     total = len(views.classes)
     shown = f"{len(names)} of {total} classes" if len(names) < total else None
-    legend_axis.legend(handles, names, title=shown, loc="center left", markerscale=3)
+    figure.legend(handles, names, title=shown, loc="outside right upper", markerscale=2)
     redrawn = MAPS_REDRAW.get((config.mode, config.condition != "none"), "")
     figure.suptitle(f"{method} of {len(flat_z):,} validation samples, "
                     f"condition {config.condition}{redrawn}", fontsize=11)
@@ -257,7 +259,7 @@ def _scatter_classes(axis, points, labels, views):
     """The points of the first classes there are, as many as there are colours."""
     for colour, label in zip(CYCLE, labels.unique()):
         mine = (labels == label).numpy()
-        axis.scatter(*points[mine].T, s=6, color=colour, linewidths=0,
+        axis.scatter(*points[mine].T, s=DOT, color=colour, linewidths=0,
                      label=_class_name(views, label))
 
 
@@ -266,13 +268,15 @@ def _class_name(views, label):
 
 
 def project(x):
-    """Features (n, D) -> points (n, 2) and the method's name: UMAP if it is installed, else PCA."""
+    """Features (n, D) -> points (n, 2) and the method's name.
+
+    UMAP if it is installed, else t-SNE; PCA of a few."""
     if len(x) < FEW:
         return _pca(x), "PCA"
     try:
         from umap import UMAP
     except ImportError:
-        return _pca(x), "PCA (umap-learn is not installed)"
+        return tsne(x).numpy(), "t-SNE"
     return UMAP(random_state=0, n_jobs=1).fit_transform(x.numpy()), "UMAP"
 
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sklearn.manifold import TSNE, trustworthiness
 
 from build import build_model
 from figures import sequences as figures
+from figures import tsne
 from images import Batch, Views, normalise
 from plumbing.report import write_report
 from plumbing.runs import append_metrics
@@ -133,12 +136,39 @@ def test_what_draws_the_views_may_be_chosen(tmp_path):
     assert seen == [("views", config, tmp_path / "views.png")]
 
 
-def test_pca_finds_the_two_directions_of_most_variance(monkeypatch):
-    monkeypatch.setitem(sys.modules, "umap", None)          # importing it fails, installed or not
-    x = torch.randn(200, 2) @ torch.tensor([[5.0, 0, 0, 0], [0, 2, 0, 0]]) + 3
+def test_pca_finds_the_two_directions_of_most_variance():
+    x = torch.randn(99, 2) @ torch.tensor([[5.0, 0, 0, 0], [0, 2, 0, 0]]) + 3
     points, name = figures.project(x)
-    assert name == "PCA (umap-learn is not installed)" and points.shape == (200, 2)
+    assert name == "PCA" and points.shape == (99, 2)
     assert sorted(points.std(0) / x.std(0)[:2].numpy()[[0, 1]]) == pytest.approx([1, 1], rel=0.05)
+
+
+def test_tsne_keeps_neighbourhoods_as_scikit_learn_does(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)          # importing it fails, installed or not
+    x = torch.tensor(load_digits().data[:250]).float()
+    points, name = figures.project(x)
+    assert name == "t-SNE" and points.shape == (250, 2)
+    theirs = TSNE(method="exact", random_state=0, max_iter=500).fit_transform(x.numpy())
+    kept = [trustworthiness(x.numpy(), flat, n_neighbors=10) for flat in (points, theirs)]
+    assert kept[0] > kept[1] - 0.01 and kept[1] > 0.95
+    assert trustworthiness(x.numpy(), figures._pca(x), n_neighbors=10) < kept[0] - 0.1
+    assert (figures.project(x)[0] == points).all()
+
+
+def test_tsne_widths_give_the_perplexity_and_the_slope_is_that_of_the_divergence():
+    x = torch.randn(120, 5).double()
+    p = tsne.neighbourhood(torch.cdist(x, x).square())
+    entropy = -(p * p.clamp(min=1e-30).log()).sum(1)
+    torch.testing.assert_close(entropy.exp(), torch.full((120,), tsne.PERPLEXITY).double(),
+                               rtol=1e-4, atol=0)
+    P = (p + p.T) / 240
+    y = torch.randn(120, 2).double().requires_grad_()
+    near = 1 / (1 + (y[:, None] - y[None]).square().sum(2))
+    near = near * (1 - torch.eye(120))
+    Q = near / near.sum()
+    off = ~torch.eye(120, dtype=torch.bool)
+    (P[off] * (P[off] / Q[off]).log()).sum().backward()
+    torch.testing.assert_close(tsne.slope(P, y.detach()), y.grad)
 
 
 class FakeUMAP:
