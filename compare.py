@@ -191,8 +191,9 @@ def warnings(results, alike=ALIKE):
         for line in compared(result):
             head = f"the head of {line['probe']} {line['predicts']}"
             facts[head] = f"{line['head']}, {line['epochs']} epochs"
+        run = file.parent if file.name == "probes.json" else file
         for what, value in facts.items():
-            seen[what][f"{value!s:.40}"].append(str(file))
+            seen[what][f"{value!s:.40}"].append(str(run))
     lines = []
     for what, files in seen.items():
         told = []
@@ -213,8 +214,8 @@ def notes(rows):
 # ---------------------------------------------------------------- the table
 
 def best(rows, column):
-    """The highest trained mean of a column; None where a single row has one."""
-    means = [row.value(column)[0] for row in rows if row.value(column)]
+    """The highest trained mean of a column; None where all are the same, or there is one."""
+    means = {row.value(column)[0] for row in rows if row.value(column)}
     return max(means) if len(means) > 1 else None
 
 
