@@ -91,7 +91,8 @@ QUICK_MODE = {
 # Embedded solids: fewer renders, and less that varies between them than in 3DIEBench, so that
 # minutes suffice to learn something.
 QUICK_SOLIDS = {
-    "saccade": dict(limit=4000, object_views=2, rotation_range=0.4, hue_range=0.0, patch_size=24),
+    "saccade": dict(limit=4000, object_views=2, rotation_range=0.4, hue_range=0.0, material="plain",
+                    image_size=72, patch_size=24, inside=True, epochs=20),
     "rotation": dict(limit=2400, object_views=8, rotation_range=0.7853982, hue_range=0.2),
     "augment": dict(limit=4000, object_views=2, rotation_range=0.4),
     "regions": dict(limit=4000, object_views=2),

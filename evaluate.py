@@ -190,16 +190,16 @@ def evaluate(options):
         heads=rules.heads, samplings=options.samplings, probe_epochs=options.probe_epochs,
         quick=config.quick, amp=options.amp and device.type == "cuda")
 
-    model, twin = two_models(checkpoint, config, views, device)
+    model, twin = two_models(checkpoint, config, views, device, options.untrained)
     if options.compile:
-        model.representation.compile()
-        twin.representation.compile()
+        for each in filter(None, (model, twin)):
+            each.representation.compile()
     paper = {}
     if data.dataset == config.dataset and not options.probe_epochs:
         paper = paper_numbers(config)
     rows = measure(model, setup, rules)
-    untrained = measure(twin, setup, rules)
-    for row, other in zip(rows, untrained):
+    others = measure(twin, setup, rules) if twin else [dict(value=None)] * len(rows)
+    for row, other in zip(rows, others):
         row["untrained"] = other["value"]
         row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
 
@@ -229,10 +229,12 @@ def show(result):
         print(f"note: {remark}")
 
 
-def two_models(checkpoint, config, views, device):
-    """The trained model, and one of the same shape that has learnt nothing."""
+def two_models(checkpoint, config, views, device, untrained=True):
+    """The trained model, and one of the same shape that has learnt nothing, or None."""
     model = build_model(config, views["val"].groups)
     restore(model, checkpoint)
+    if not untrained:
+        return model.to(device), None
     twin = build_model(config, views["val"].groups).to(device)
     settle_batchnorm(twin, views["train"], config.views)
     return model.to(device), twin
@@ -436,6 +438,8 @@ def parse(argv=None):
     p.add_argument("--saliency", metavar="S",
                    help="with --probe transfer: its saliency maps, as train.py's --saliency "
                         "(default: the run's)")
+    p.add_argument("--untrained", action=switch, default=True,
+                   help="the same probes on a model of the same shape that has learnt nothing")
     p.add_argument("--amp", action=switch, default=True, help="bfloat16 autocast, on CUDA")
     p.add_argument("--compile", action=switch, default=False, help="torch.compile the encoder")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")

@@ -13,12 +13,14 @@ How they are held:
 Images are (N, 3, S, S), or (N, V, 3, S, S) for sets with V renders of each object.
 Checked in tests/test_images.py.
 """
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+DIGESTED = 64   # images that a resumed run looks at, to see whether they are those it began with
 AHEAD = 2       # batches a Store may hold: the one at hand and the next
 
 
@@ -96,6 +98,12 @@ class Views:
     def prefetch(self, index, M):
         """Say that self(index, M) comes soon."""
         self.images.prefetch(index)
+
+    def digest(self):
+        """A text that tells these images from others: of all labels and some images' pixels."""
+        some = torch.linspace(0, len(self.images) - 1, min(DIGESTED, len(self.images))).long()
+        pixels = self.images[some].cpu().numpy().tobytes()
+        return hashlib.sha256(pixels + self.labels.numpy().tobytes()).hexdigest()
 
     def compile(self, **options):
         """torch.compile the work on pixels, in place; `run_eagerly` undoes it."""

@@ -293,6 +293,8 @@ def draw_lengths(rows, config, path):
 
     figure, axis = subplots(figsize=(5, 4.2))
     for key, name, colour in (("value", "trained", BLUE), ("untrained", "untrained", ORANGE)):
+        if z[key] is None:                              # evaluate.py --no-untrained
+            continue
         values = [r[key] for _, r in agg]
         axis.plot(lengths, values, color=colour, marker="o", label=f"z_agg, {name}")
         axis.axhline(z[key], color=colour, linestyle="--", label=f"z, {name}")
@@ -318,7 +320,7 @@ def draw_path(rows, path):
             trained = [r["value"] for _, r in mine]
             untrained = [r["untrained"] for _, r in mine]
             axis.plot(lengths, trained, color=colour, marker="o", label=words)
-            axis.plot(lengths, untrained, color=colour, linestyle=":")
+            axis.plot(lengths, untrained, color=colour, linestyle=":")      # None leaves a gap
     axis.plot([], color="grey", linestyle=":", label="the same, untrained")
 
     axis.set(xlabel="observed views M_val", ylabel="R\u00b2 of the action from view 1 to M+1",

@@ -71,6 +71,7 @@ class Run:
         self.epoch_steps = len(self.views) // config.batch_size
         self.total_steps = config.epochs * self.epoch_steps
         self.images_per_step = config.batch_size * config.views_per_sample
+        self.images = self.views.digest()
         if self.checkpoint:
             self.check_progress()
 
@@ -87,6 +88,11 @@ class Run:
             raise BadInput(f"{self.config.run_dir / 'last.pt'}: step {step:,} and its meters are "
                            f"not of {self.config.epochs:,} epochs of {self.epoch_steps:,} steps; "
                            "was the data changed, or the file edited?")
+        before = self.checkpoint.get("images")
+        if before not in (None, self.images) and distributed.is_main():
+            print(f"note: --resume: {printable(self.config.data_dir)} does not hold the images "
+                  "that the run began with, or they are read otherwise: what comes is not the "
+                  "run as it would have gone on")
 
     def place(self, model):
         """The model on this rank's device, in train mode, with BatchNorms of the global batch."""
@@ -190,7 +196,7 @@ class Run:
             raise BadInput(f"the weights were not finite after step {self.step - 1} "
                            f"{self.when(self.step - 1)}: lower --lr, or look at the data")
         runs.save_checkpoint(self.config, self.model, self.optimizer, self.step,
-                             self.meters.saved())
+                             self.meters.saved(), self.images)
         if keep:
             folder = self.config.run_dir
             files.link(folder / "last.pt", folder / f"epoch-{self.step // self.epoch_steps}.pt")

@@ -117,15 +117,16 @@ def create_run(config, checkpoint=None):
     save_atomically(folder / "config.json", lambda part: part.write_text(text + "\n"))
 
 
-def save_checkpoint(config, model, optimizer, step, meters):
+def save_checkpoint(config, model, optimizer, step, meters, images=None):
     """Write encoder.pt and last.pt, whose predecessor becomes previous.pt.
 
     step: optimiser steps done.  meters: what an unfinished epoch has summed up.
+    images: a digest of what is learned from.
     Raises: BadInput if the disk is full or the like; the checkpoint before stays last.pt."""
     folder = config.run_dir
     encoder = model.representation.state_dict()
     state = dict(format=FORMAT, version=VERSION, config=dataclasses.asdict(config),
-                 step=step, meters=meters,
+                 step=step, meters=meters, images=images,
                  model=model.state_dict(), optimizer=optimizer.state_dict())
     try:        # encoder.pt first: once last.pt says that the run is done, nothing may be missing
         save_atomically(folder / "encoder.pt", lambda part: _torch_save(encoder, part))

@@ -3,6 +3,7 @@ import csv
 import functools
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from same import same
 
 import train
@@ -156,6 +158,23 @@ def test_resumed_run_is_bit_identical(mode, stop_after, photos, tmp_path, monkey
         and same(a["optimizer"], b["optimizer"])
     )
     assert rows_without_speed(straight) == rows_without_speed(resumed)
+
+
+def test_resuming_on_other_images_says_so(photos, tmp_path, capsys):
+    """As many photos under the same names, one of them darker; and the same ones moved."""
+    def resumed(folder):
+        argv = command("saccade", folder, tmp_path, "--name", "run", "--resume")
+        assert train.main(argv) == 0
+        return capsys.readouterr().out
+
+    assert train.main(command("saccade", photos, tmp_path, "--name", "run")) == 0
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    assert "does not hold the images" not in resumed(moved)
+    for file in sorted(moved.rglob("*.png")):
+        with Image.open(file) as image:
+            darker = image.point(lambda value: value // 2)
+        darker.save(file)
+    assert "does not hold the images" in resumed(moved)
 
 
 def test_another_seed_is_another_run(photos, tmp_path):
