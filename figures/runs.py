@@ -19,7 +19,8 @@ from plumbing.errors import BadInput
 
 WORDS = ("probe", "predicts", "from", "head", "unit")       # of a row
 NUMBERS = ("value", "epochs")
-NUMBERS_OF_TRANSFER = ("untrained", "gmac", "patch_size")   # of other rows, if they are there
+NUMBERS_OF_TRANSFER = ("gmac", "patch_size")
+NUMBERS_OR_NONE = ("untrained", "paper")                    # --no-untrained; not in papers.csv
 LARGEST = 1e9                                               # number that can be drawn
 
 
@@ -129,10 +130,11 @@ def draw_transfer(files, path):
         costs = [r["gmac"] for r in rows]
         name = f"{plain(result['config']['name'])}, patches of {rows[0]['patch_size']} px"
         trained = [r["value"] for r in rows]
-        untrained = [r["untrained"] for r in rows]
+        untrained = [r.get("untrained") for r in rows]
         for axis, x in zip(axes, (lengths, costs)):
             axis.plot(x, trained, "-o", color=colour, label=name)
-            axis.plot(x, untrained, ":", color=colour, label=f"{name}, untrained")
+            if None not in untrained:                       # evaluate.py --no-untrained
+                axis.plot(x, untrained, ":", color=colour, label=f"{name}, untrained")
 
     axes[0].set(xlabel="observed views M_val", ylabel="top-1 on z_agg, %")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
@@ -225,10 +227,9 @@ def _whole(result):
     for row in result["rows"]:
         words += [row[key] for key in WORDS]
         numbers += [row[key] for key in NUMBERS]
-        numbers += [row[key] for key in NUMBERS_OF_TRANSFER
-                    if key in row or row["probe"] == "transfer"]
-        if row.get("paper") is not None:
-            numbers.append(row["paper"])
+        numbers += [row[key] for key in NUMBERS_OR_NONE if row.get(key) is not None]
+        if row["probe"] == "transfer":
+            numbers += [row[key] for key in NUMBERS_OF_TRANSFER]
     for value in c.values():
         if not isinstance(value, (str, type(None))) and not abs(value) < math.inf:
             return False

@@ -96,6 +96,17 @@ def test_one_seed_has_no_deviation_and_no_paper_no_line(run):
     assert ("seq-jepa", "paper") not in found
 
 
+def test_a_run_probed_without_its_twin_has_no_line_for_it(run):
+    files = [run("a", {}, lines=[line(Z, 70.0, None)], seed=0),
+             run("b", {Z: 70.0}, condition="none"),
+             run("c", {}, lines=[line(Z, 70.0, None)], condition="none", seed=1)]
+    found = table(*files)
+    assert ("seq-jepa, condition rotation", "untrained") not in found
+    assert found["seq-jepa, condition none", "untrained"]["top-1 %, z"] == "0.0 (n 1)"
+    _, rows, columns = read(*files)
+    assert compare.as_csv(rows, columns).splitlines()[1].endswith(",1,70.0,,,,,")
+
+
 def test_the_best_trained_mean_of_each_column_is_marked(run):
     color = ROTATION._replace(predicts="color")
     files = [run("a", {Z: 70.0, ROTATION: -0.5, agg(3): 50.0, color: 0.0}),

@@ -112,6 +112,13 @@ def test_transfer_is_drawn_against_length_and_cost(tmp_path, plotted):
     assert plotted["a, patches of 84 px, untrained"][0] == ([1, 4], [1.0, 1.0])
 
 
+def test_transfer_without_an_untrained_twin(tmp_path, plotted):
+    rows = [row("transfer", "class", "z_agg M=1", "", 1, "top-1 %", 20.0)
+            | dict(gmac=1.0, patch_size=8, untrained=None, paper=None)]
+    assert drawn(runs.draw_transfer([result(tmp_path, "a", rows)], tmp_path / "x.png"))
+    assert list(plotted) == ["a, patches of 8 px"]
+
+
 def test_a_heatmap_shows_means_of_seeds_and_one_setting(tmp_path, monkeypatch):
     def measured(M_val, top1):
         return [row("classify", "class", f"z_agg M={M_val}", "", 1, "top-1 %", top1)]
