@@ -1,5 +1,6 @@
-"""Whatever is typed after evaluate.py, figures/regions.py or the benchmarks, and whatever lies in a
-run's folder: a correct result, or one line that says what is wrong, at once, and no new file.
+"""Whatever is typed after evaluate.py, compare.py, figures/regions.py or the benchmarks, and
+whatever lies in a run's folder: a correct result, or one line that says what is wrong, at once, and
+no new file.
 
 CASES is the table; a row is a command, perhaps a damage done before it, and words of the refusal.
 RUN stands for a run's folder. Each row goes through the real `main`. Below: files of every kind
@@ -23,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
+import compare
 import evaluate
 import probes
 import train
@@ -45,8 +47,8 @@ MODES = {
     "regions": ["--dataset", "folder", "--mode", "regions", "--encoder", "vit-nano",
                 "--image-size", "32", "--patch-size", "8", "--min-patches", "2"],
 }
-MAINS = {"evaluate": evaluate.main, "figures.regions": regions.main, "bench": bench.main,
-         "smoke": smoke.main}
+MAINS = {"evaluate": evaluate.main, "compare": compare.main, "figures.regions": regions.main,
+         "bench": bench.main, "smoke": smoke.main}
 
 
 # ---------------------------------------------------------------- tiny runs, made once
@@ -295,6 +297,85 @@ FIGURES_REGIONS = [
     case("finite", "figures.regions", "RUN/last.pt", "--out", "RUN", mode="regions",
          damage=with_weights(math.nan), data=True),
 ]
+
+
+def probed(*names, **changes):
+    """Damage: results with these values stand under these names; probes.json if there are none."""
+    def damage(run):
+        for name in names or ["probes.json"]:
+            data = json.dumps(measured()).encode()
+            for where, value in changes.items():
+                data = with_value(where.replace("_", "."), value)
+            (run / name).write_bytes(data)
+
+    return damage
+
+
+def two_modes(run):
+    probed("probes.json")(run)
+    probed("other.json", config_mode="rotation")(run)
+
+
+def also(first, name, make):
+    """Damage: `first`, and in place of this file there is what make(path) makes."""
+    def damage(run):
+        first(run)
+        instead(name, make)(run)
+
+    return damage
+
+
+HEATMAP = ("--figure", "heatmap", "--out", "RUN")
+COMPARE = [
+    case("arguments are required:", "compare"),
+    case("unrecognized arguments: --nope", "compare", "x", "--nope"),
+    case("nowhere: not found", "compare", "nowhere"),
+    case("RUN: has no probes.json; run evaluate.py", "compare", "RUN"),
+    case(".: has no probes.json", "compare", "."),
+    case(".: has no probes.json", "compare", ""),
+    case("config.json: not what evaluate.py writes", "compare", "RUN/config.json"),
+    case("last.pt: not what evaluate.py writes", "compare", "RUN/last.pt"),
+    case("/dev/zero: not found", "compare", "/dev/zero"),
+    case("not found", "compare", f"RUN/{'x' * 200}.json"),
+    case(r"a\nb: not found", "compare", "a\nb"),
+    case("not what evaluate.py writes", "compare", "RUN", damage=content("probes.json")),
+    case("not what evaluate.py writes", "compare", "RUN", damage=content("probes.json", b"{")),
+    case("probes.json: not found", "compare", "RUN", damage=instead("probes.json", os.mkfifo)),
+    case("probes.json: not found", "compare", "RUN", damage=instead("probes.json", os.mkdir)),
+    case("not what", "compare", "RUN", damage=probed(rows_value=math.nan)),
+    case("not what", "compare", "RUN", damage=probed(rows_untrained=math.inf)),
+    case("not what", "compare", "RUN", damage=probed(rows_paper="high")),
+    case("not what", "compare", "RUN", damage=probed(rows_head=None)),
+    case("not what", "compare", "RUN", damage=probed(rows_epochs="many")),
+    case("not what", "compare", "RUN", damage=probed(config_lr=math.nan)),
+    case("not what", "compare", "RUN", damage=probed(config_seed=[])),
+    case("no row of --probe classify or", "compare", "RUN", damage=probed(rows_probe="knn")),
+    case("RUN/probes.json: is given twice", "compare", "RUN", "RUN", damage=probed()),
+    case("is given twice", "compare", "RUN", "RUN/../saccade/probes.json", damage=probed()),
+    case("copy.json: has the settings and seed 0 of RUN/probes.json; leave one out", "compare",
+         "RUN", "RUN/copy.json", damage=probed("probes.json", "copy.json")),
+    case("nowhere/compare.md: its folder does not exist", "compare", "RUN", "--out", "nowhere",
+         damage=probed()),
+    case("its folder does not exist", "compare", "RUN", "--out", "RUN/last.pt", damage=probed()),
+    case("compare.md: is no plain file", "compare", "RUN", "--out", "RUN",
+         damage=also(probed(), "compare.md", os.mkdir)),
+    case("compare.csv: holds something else", "compare", "RUN", "--out", "RUN",
+         damage=also(probed(), "compare.csv", lambda path: path.write_text("mine"))),
+    case("compare.png: is no plain file", "compare", "RUN", "--out", "RUN",
+         damage=also(probed(), "compare.png", os.mkfifo)),
+    case("invalid choice: 'nope'", "compare", "RUN", "--figure", "nope"),
+    case("--figure sweep: goes into a folder", "compare", "RUN", "--figure", "sweep"),
+    case("RUN: has no probes-transfer-*.json", "compare", "RUN", "--figure", "transfer", "--out",
+         "RUN", damage=probed()),
+    case("no row of --probe transfer", "compare", "RUN/probes.json", "--figure", "transfer",
+         "--out", "RUN", damage=probed(rows_probe="knn")),
+    case("no row of --probe classify", "compare", "RUN", *HEATMAP,
+         damage=probed(rows_probe="knn")),
+    case("a heatmap shows one setting, these are 2", "compare", "RUN", "RUN/other.json", *HEATMAP,
+         damage=two_modes),
+    case("heatmap.png: holds something else", "compare", "RUN", *HEATMAP,
+         damage=also(probed(), "heatmap.png", lambda path: path.write_text("mine"))),
+]
 BENCHMARKS = [
     case("everything: no such section", "bench", "everything"),
     case("unrecognized arguments: --nope", "bench", "--nope"),
@@ -334,7 +415,8 @@ def ended(main, arguments):
         return left.code
 
 
-@pytest.mark.parametrize("case", FLAGS + OUTPUTS + CHECKPOINTS + FIGURES_REGIONS + BENCHMARKS)
+@pytest.mark.parametrize("case", FLAGS + OUTPUTS + CHECKPOINTS + COMPARE + FIGURES_REGIONS
+                         + BENCHMARKS)
 def test_bad_input_is_one_line_at_once_and_no_file(case, made, copied, tmp_path, monkeypatch,
                                                    capsys):
     run = copied(case.mode) if case.damage else made(case.mode)
@@ -430,7 +512,8 @@ def test_edited_settings_of_a_checkpoint_are_refused_or_run(copied, capsys):
 
 def measured():
     """What evaluate.py writes, as short as can be."""
-    config = dict(dataset="folder", mode="saccade", condition="position", views=2, name="a")
+    config = dict(dataset="folder", mode="saccade", method="seq-jepa", condition="position",
+                  views=2, name="a")
     rows = [row("classify", "class", "z_agg M=1", "linear classifier", 3, "top-1 %", 50.0),
             row("classify", "class", "z_agg M=3", "linear classifier", 3, "top-1 %", 60.0),
             row("action", "position", "z_1, z_2", "linear", 3, "R2", 0.5),
@@ -440,7 +523,17 @@ def measured():
     return dict(checkpoint="x/last.pt", step=3, config=config, dataset="folder", rows=rows)
 
 
-DRAWERS = (runs.draw_heatmap, runs.draw_sweep, runs.draw_transfer)
+def compared(files, path):
+    """compare.py --out, without its command line."""
+    results = {file: runs.read_result(file) for file in files}
+    rows, columns = compare.gather(results)
+    assert compare.markdown(rows, columns).count("\n") > 2
+    assert all("\n" not in text for text in compare.warnings(results) + compare.notes(rows))
+    compare.keep("| method\n", rows, columns, path.parent)
+    return path
+
+
+DRAWERS = (runs.draw_heatmap, runs.draw_sweep, runs.draw_transfer, compared)
 WRONG_JSON = [
     b"", b"{", b"null", b"[]", b"3", b'"rows"', b"\xff\xfe\0", b"{}", b'{"rows": []}',
     b"[" * 100_000, b'{"rows": ' + b"9" * 5000 + b"}", b"\x89PNG\r\n",
@@ -495,15 +588,15 @@ def test_damaged_results_are_drawn_or_refused(tmp_path):
     rng = random.Random(12)
     whole = json.dumps(measured())
     drawn = 0
-    for i in range(100):
+    for i in range(140):
         damaged = scarred(whole.encode(), rng)
-        if i % 2:
+        if rng.randrange(2):
             keys = ["rows", "config", "dataset", *(f"rows.{key}" for key in measured()["rows"][0]),
                     *(f"config.{key}" for key in measured()["config"])]
             damaged = with_value(rng.choice(keys), rng.choice(ODD))
         (tmp_path / "probes.json").write_bytes(damaged)
         try:
-            drawn += bool(DRAWERS[i % 3]([tmp_path / "probes.json"], tmp_path / "x.png"))
+            drawn += bool(DRAWERS[i % 4]([tmp_path / "probes.json"], tmp_path / "x.png"))
         except BadInput:
             pass
     assert drawn > 0
