@@ -1,17 +1,14 @@
-# make        sets up .venv, trains a small world model on embedded data, probes it, draws figures
+# make        sets up .venv, trains a small world model twice on embedded data, told its actions and
+#             not, probes both, and shows what the paper claims
 # make test   sets up .venv, runs ruff and the tests
 # make gpu    everything worth measuring on one GPU, into runs/gpu
 PYTHON ?= python3
 BIN = .venv/bin
-FIRST = runs/first
 
-first: $(FIRST)/curves.png
-	$(BIN)/python evaluate.py $(FIRST)/last.pt --samplings 1 --figures
-	@echo "Look at $(FIRST)/views.png, maps.png, curves.png and the table above ($(FIRST)/probes.json)."
-
-# curves.png is written when training is done; an interrupted run is resumed.
-$(FIRST)/curves.png: | .venv/run
-	$(BIN)/python train.py --dataset solids --mode saccade --quick --name first $(if $(wildcard $(FIRST)/last.pt),--resume)
+# Goes on where it was interrupted; when all is done, it prints the table again.
+first: .venv/run
+	$(BIN)/python claims.py --first
+	@echo "Look at claims.png in runs/first, and at views.png, maps.png and path.png in runs/first/saccade-0."
 
 test: .venv/test
 	$(BIN)/python -m ruff check --quiet .
@@ -31,4 +28,3 @@ gpu: .venv/test
 	touch $@
 
 .PHONY: first test gpu
-.PRECIOUS: $(FIRST)/curves.png
