@@ -351,6 +351,8 @@ def launch(train, parse, argv=None):
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
+    if hasattr(sys.stdout, "reconfigure"):              # a terminal that lacks a letter of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     _closing.callback(files.unlock)
     try:
         distributed.start()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from config import config_of
@@ -808,3 +809,18 @@ def test_a_full_disk_s_line_stands_alone_and_nothing_says_100_percent(
     lines = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
     assert lines[-1].startswith("error: somewhere: No space left on device")
     assert sum("error" in line for line in lines) == 1 and "100%" not in "".join(lines)
+
+
+def test_a_terminal_that_lacks_a_letter_of_a_name_is_no_error(tmp_path):
+    folder = tmp_path / "f\u00f6tos"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 90, 30)).save(folder / f"{i}.png")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--dataset", "folder", "--mode", "saccade",
+         "--data-dir", str(folder), "--image-size", "16", "--patch-size", "8", "--epochs", "1",
+         "--batch-size", "4", "--width", "8", "--agg-hidden", "16", "--action-dim", "8",
+         "--out", str(tmp_path), "--name", "x"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert r"f\xf6tos has a single class" in done.stdout
