@@ -83,7 +83,7 @@ def mlp_predictor(dim, action_dim, hidden):
                          nn.Linear(hidden, dim))
 
 
-# ---------------------------------------------------------------- losses, in fp32
+# ---------------------------------------------------------------- losses, in fp32 as F.mse_loss is
 
 def nt_xent(a, b, tau):
     """Contrastive loss of SimCLR: which of all rows belongs to this one?  -> scalar
@@ -113,11 +113,6 @@ def covariance(h):
         h = h - h.mean(0)
         C = h.T @ h / (len(h) - 1)
         return (C - C.diagonal().diag()).square().sum() / h.shape[1]
-
-
-def mean_squared_error(x, y):
-    """Mean over rows and dimensions of (x - y)^2, in fp32."""
-    return F.mse_loss(x.float(), y.float())
 
 
 # ---------------------------------------------------------------- what all have in common
@@ -158,7 +153,8 @@ class TwoViews(nn.Module):
         z_x = self.encoder(batch.views[:, 0])       # a pass for each view: its own BatchNorm
         z_y = self.encoder(batch.views[:, 1])
         loss, h_x, terms = self.objective(z_x, z_y, batch)
-        return Output(loss, torch.stack([z_x, z_y], dim=1), h_x, terms)
+        logs = {name: term.detach() for name, term in terms.items()}
+        return Output(loss, torch.stack([z_x, z_y], dim=1), h_x, logs)
 
     def update_target(self, tau):
         """Nothing to do: there is no target network."""
@@ -225,11 +221,11 @@ class VICReg(TwoViews):
     def objective(self, z_x, z_y, batch):
         h_x = self.projector(z_x)
         h_y = self.projector(z_y)
-        invariance = mean_squared_error(h_x, h_y)
+        invariance = F.mse_loss(h_x, h_y)
         spread = (variance(h_x) + variance(h_y)) / 2
         correlation = covariance(h_x) + covariance(h_y)
         loss = INVARIANCE * invariance + VARIANCE * spread + COVARIANCE * correlation
-        return loss, h_x, terms(invariance=invariance, variance=spread, covariance=correlation)
+        return loss, h_x, dict(invariance=invariance, variance=spread, covariance=correlation)
 
 
 # ---------------------------------------------------------------- told actions: equivariant methods
@@ -267,7 +263,7 @@ class EquiMod(TwoViews):
         invariance = nt_xent(h_x, h_y, TAU_EQUIMOD)
         equivariance = nt_xent(self.predictor(given), self.equivariant(z_y), TAU_EQUIMOD)
         loss = invariance + self.weight * equivariance
-        return loss, h_x, terms(invariance=invariance, equivariance=equivariance)
+        return loss, h_x, dict(invariance=invariance, equivariance=equivariance)
 
 
 class SIE(TwoViews):
@@ -306,14 +302,14 @@ class SIE(TwoViews):
         # Joined, so that what one half knows is taken from the other.
         h_x = torch.cat([invariant_x, equivariant_x], dim=1)
         h_y = torch.cat([invariant_y, equivariant_y], dim=1)
-        invariance = mean_squared_error(invariant_x, invariant_y)
-        equivariance = mean_squared_error(predicted, equivariant_y)
+        invariance = F.mse_loss(invariant_x, invariant_y)
+        equivariance = F.mse_loss(predicted, equivariant_y)
         spread = (variance(h_x) + variance(h_y) + variance(predicted)) / 2
         correlation = covariance(h_x) + covariance(h_y)
         loss = (INVARIANCE * invariance + EQUIVARIANCE * equivariance
                 + VARIANCE * spread + COVARIANCE * correlation)
-        return loss, h_x, terms(invariance=invariance, equivariance=equivariance,
-                                variance=spread, covariance=correlation)
+        return loss, h_x, dict(invariance=invariance, equivariance=equivariance,
+                               variance=spread, covariance=correlation)
 
 
 class ConditionalBYOL(BYOL):
@@ -340,8 +336,3 @@ def to_last(actions):
 
     For M > 1 only where actions add up, as displacements do and quaternions do not."""
     return actions.flip(1).cumsum(1).flip(1)
-
-
-def terms(**values):
-    """Terms of a loss to be logged."""
-    return {name: value.detach() for name, value in values.items()}

@@ -32,7 +32,7 @@ DATASETS = ("stl10", "cifar10", "cifar100", "tiny-imagenet", "3diebench", "image
 # --method, and the encoders it can train.
 BASELINES = (*PAIR_METHODS, "conv-jepa")
 SEQ_METHODS = ("seq-jepa", *BASELINES)
-LINEAR_IN_ACTION = ("sie",)                 # these predict nothing where they are told nothing
+NEEDS_ACTION = ("sie",)                     # predicts nothing where it is told nothing
 REGION_METHODS = ("dseq-jepa", "i-jepa", "c-jepa", "dseq-c-jepa")
 ENCODERS = dict.fromkeys(SEQ_METHODS, ("resnet18",)) | dict.fromkeys(REGION_METHODS, tuple(VITS))
 
@@ -386,7 +386,7 @@ def check_told(c):
     if c.method in INVARIANT_METHODS and c.condition != "none":
         raise BadInput(f"--condition {c.condition}: method {c.method} is told no action; "
                        "leave it out")
-    if c.method in LINEAR_IN_ACTION and c.condition == "none":
+    if c.method in NEEDS_ACTION and c.condition == "none":
         told = [condition for condition in MODES[c.mode].conditions if condition != "none"]
         raise BadInput(f"--condition none: method {c.method} predicts by the action alone; "
                        f"choose from {', '.join(told)}")

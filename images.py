@@ -66,7 +66,8 @@ class Views:
     and, known before any image is read:"""
 
     conditions = ("none",)      # choices of --condition, what the model is told; the first: default
-    methods = ("seq-jepa", *PAIR_METHODS)   # choices of --method, what can learn from such views
+    methods = ("seq-jepa", *PAIR_METHODS)   # choices of --method, what can learn from such views;
+                                            # likewise
     reads = ()                  # fields of Config that this mode reads and others may not
     groups = {}                 # {name: slice} of the columns of Batch.actions
     param_groups = {}           # {name: slice} of the columns of Batch.params
