@@ -525,7 +525,7 @@ def test_every_trained_weight_learns_and_targets_do_not(built, method, projector
             assert p.grad is not None and p.grad.isfinite().all(), name
     grads = [p.grad.norm() for p in model.encoder.parameters()]
     assert all(norm > 0 for norm in grads)
-    observed = 3 if method == "conv-jepa" else 1 if method == "cond-byol" else 2
+    observed = {"conv-jepa": 3, "cond-byol": 1}.get(method, 2)
     assert out.z.shape == (8, observed, 32) and out.z_agg.shape[0] == 8 and out.loss.ndim == 0
 
 
