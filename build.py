@@ -3,6 +3,9 @@
     views = build_views(config, "train", device)     index (B,), M  ->  Batch       images.Views
     model = build_model(config, views.groups)        Batch          ->  Output      jepa.Output
 """
+from functools import partial
+
+import baselines
 import saliency
 from aggregator import Aggregator
 from config import MODES
@@ -44,6 +47,17 @@ def build_seq_jepa(config, groups):
     return SeqJEPA(encoder, embed, aggregator, predictor, config.action_in)
 
 
+def build_baseline(method, config, groups):
+    """A method of baselines.py: ResNet-18, how it is told actions, an MLP or the aggregator as
+    projector."""
+    encoder = ResNet18(width=config.width, stem=stem(config), z_norm=config.z_norm)
+    embed = ActionEmbedding(conditioned(config.condition, groups), config.action_dim,
+                            method.embedding)
+    projectors = {"mlp": baselines.MLP,
+                  "transformer": partial(baselines.Transformer, feed_forward=config.agg_hidden)}
+    return method(encoder, embed, projectors[config.projector])
+
+
 def build_region_jepa(config, groups):
     """DSeq-JEPA and its relatives: ViT, narrow ViT as predictor, a plan of who predicts whom."""
     encoder = ViT(config.encoder, image_size=config.image_size, patch_size=config.patch_size,
@@ -60,8 +74,21 @@ def build_region_jepa(config, groups):
     return RegionJEPA(encoder, predictor, plan, block, vicreg)
 
 
-METHODS = {"seq-jepa": build_seq_jepa, "dseq-jepa": build_region_jepa, "i-jepa": build_region_jepa,
-           "c-jepa": build_region_jepa, "dseq-c-jepa": build_region_jepa}
+METHODS = {             # name: (config, groups) -> model
+    "seq-jepa": build_seq_jepa,
+    "simclr": partial(build_baseline, baselines.SimCLR),
+    "byol": partial(build_baseline, baselines.BYOL),
+    "vicreg": partial(build_baseline, baselines.VICReg),
+    "sen": partial(build_baseline, baselines.SEN),
+    "equimod": partial(build_baseline, baselines.EquiMod),
+    "sie": partial(build_baseline, baselines.SIE),
+    "cond-byol": partial(build_baseline, baselines.ConditionalBYOL),
+    "conv-jepa": partial(build_baseline, baselines.ConditionalBYOL),
+    "dseq-jepa": build_region_jepa,
+    "i-jepa": build_region_jepa,
+    "c-jepa": build_region_jepa,
+    "dseq-c-jepa": build_region_jepa,
+}
 
 
 def conditioned(condition, groups):

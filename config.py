@@ -14,6 +14,7 @@ from pathlib import Path
 
 from augmentations import Augmentations
 from encoder import VITS
+from images import INVARIANT_METHODS, PAIR_METHODS
 from plumbing import flags
 from plumbing.errors import BadInput
 from plumbing.flags import flag
@@ -29,7 +30,9 @@ DATASETS = ("stl10", "cifar10", "cifar100", "tiny-imagenet", "3diebench", "image
             "solids", "clevr-count", "clevr-distance")
 
 # --method, and the encoders it can train.
-SEQ_METHODS = ("seq-jepa",)
+BASELINES = (*PAIR_METHODS, "conv-jepa")
+SEQ_METHODS = ("seq-jepa", *BASELINES)
+NEEDS_ACTION = ("sie",)                     # predicts nothing where it is told nothing
 REGION_METHODS = ("dseq-jepa", "i-jepa", "c-jepa", "dseq-c-jepa")
 ENCODERS = dict.fromkeys(SEQ_METHODS, ("resnet18",)) | dict.fromkeys(REGION_METHODS, tuple(VITS))
 
@@ -70,9 +73,15 @@ PRESETS = {
     ("3diebench", "regions"): dict(image_size=128, patch_size=8, encoder="vit-small"),
 }
 # Mode `regions` in general.  0.A.1.2; what is lost there is I-JEPA's
-REGIONS = dict(method="dseq-jepa", epochs=600, batch_size=2048, lr=1e-3, lr_start=2e-4, lr_end=1e-6,
-               warmup_epochs=15, weight_decay=0.04, weight_decay_end=0.4, ema=0.996,
-               ema_shape="linear")
+REGIONS = dict(epochs=600, batch_size=2048, lr=1e-3, lr_start=2e-4, lr_end=1e-6, warmup_epochs=15,
+               weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_shape="linear")
+# --projector of a baseline -> what differs from the defaults of Config.  Sec. 4.2.  With an MLP:
+# Adam, which AdamW is where nothing decays, at a constant rate
+PROJECTORS = {
+    "mlp": dict(projector="mlp", lr=1e-3, lr_start=1e-3, lr_end=1e-3, warmup_epochs=0,
+                weight_decay=0.0),
+    "transformer": dict(projector="transformer"),
+}
 # The predictor's width and blocks for each encoder.  0.A.1.1: as I-JEPA; half as wide as the two
 # small encoders
 PREDICTORS = {"vit-nano": (64, 3), "vit-tiny": (96, 6), "vit-small": (192, 6), "vit-base": (384, 6),
@@ -109,6 +118,10 @@ MOST_PATCHES = 128              # a side of a ViT's grid, attention then has 16,
 
 # Under which settings a flag is read; of modes, the classes themselves say it (`reads`).
 SEQ = dict(method=SEQ_METHODS)
+SEQ_JEPA = dict(method=("seq-jepa",))
+BASELINE = dict(method=BASELINES)
+EMBEDDED = dict(method=("seq-jepa", "sen", "equimod", "cond-byol", "conv-jepa"))
+EMA = dict(method=("seq-jepa", "byol", "cond-byol", "conv-jepa", *REGION_METHODS))
 VIT = dict(method=REGION_METHODS)
 DSEQ = dict(method=("dseq-jepa", "dseq-c-jepa"))
 SOLIDS = dict(dataset=("solids",))
@@ -156,14 +169,17 @@ class Config:
                      choices=("auto", "cifar", "imagenet", "strided"), of=SEQ)
     z_norm: bool = flag(False, "BatchNorm without affine on z (ours, for short runs; see "
                                "docs/experiments.md)", of=SEQ)
-    action_dim: int = flag(128, "E, width of an action embedding", low=1, high=8192, of=SEQ)
+    action_dim: int = flag(128, "E, width of an action embedding", low=1, high=8192, of=EMBEDDED)
+    projector: str = flag("transformer", "of the baselines (Sec. 4.2), each with its own "
+                                         "optimisation; seq-JEPA has its aggregator there",
+                          choices=tuple(PROJECTORS), of=BASELINE)
     agg_hidden: int = flag(2048, "feed-forward width of the aggregator (PyTorch's default)",
-                           low=1, high=65_536, of=SEQ)
+                           low=1, high=65_536, of=SEQ | dict(projector=("transformer",)))
     action_in: str = flag("both", "which parts see the actions (Table 4)",
-                          choices=("both", "predictor", "aggregator", "none"), of=SEQ)
+                          choices=("both", "predictor", "aggregator", "none"), of=SEQ_JEPA)
     action_embed: str = flag("linear", "linear: learned; raw: the numbers themselves; "
                                        "noise: random numbers (Table 4)",
-                             choices=("linear", "raw", "noise"), of=SEQ)
+                             choices=("linear", "raw", "noise"), of=SEQ_JEPA)
 
     regions: str = flag("otsu", "otsu: the paper's rule; otsu-refill: threshold what is left again "
                                 "until there are enough; random: blocks (Table 4)",
@@ -196,8 +212,8 @@ class Config:
     weight_decay_end: float = flag(-1.0, "decay at the last step, on a cosine; -1 = constant",
                                    low=-1, high=1000)
     warmup_epochs: int = flag(20, "linear warm-up", low=0, high=MOST_EPOCHS)
-    ema: float = flag(0.996, "tau at the first step; rises to 1", low=0, high=1)
-    ema_shape: str = flag("cosine", "how it rises", choices=("cosine", "linear"))
+    ema: float = flag(0.996, "tau at the first step; rises to 1", low=0, high=1, of=EMA)
+    ema_shape: str = flag("cosine", "how it rises", choices=("cosine", "linear"), of=EMA)
 
     workers: int = flag(0, "threads that decode image files; 0 = one per core", low=0, high=1024,
                         of=FILES, section="The run")
@@ -229,6 +245,11 @@ class Config:
         """Images that the encoders see per sample."""
         return 1 if self.mode == "regions" else self.views + 1
 
+    @property
+    def aggregates(self):
+        """Whether the model gathers several views into z_agg, for probes and figures to look at."""
+        return self.method == "seq-jepa"
+
     def reads(self, field):
         """Whether a run with these settings reads this one of them."""
         wanted = readers(field).items()
@@ -241,18 +262,26 @@ class Config:
 
 # ---------------------------------------------------------------- from flags to a Config
 
-def preset(dataset, mode, quick=False):
-    """Settings of (data set, mode) that differ from Config's own defaults."""
+def preset(dataset, mode, quick=False, method=None, projector="mlp"):
+    """Settings of (data set, mode) that differ from Config's own defaults.
+
+    method: None takes the mode's first.  projector: of the baselines."""
     if mode not in {m for _, m in PRESETS}:
         raise BadInput(f"mode {mode} has no row in config.PRESETS; add one for each data set")
     if (dataset, mode) not in PRESETS:
         known = sorted({m for d, m in PRESETS if d == dataset})
         raise BadInput(f"--mode {mode} does not apply to --dataset {dataset}; "
                        f"choose {' or '.join(known)}")
-    values = dict(dataset=dataset, mode=mode, condition=MODES[mode].conditions[0])
+    method = method or MODES[mode].methods[0]
+    values = dict(dataset=dataset, mode=mode, method=method,
+                  condition=default_condition(mode, method))
     if mode == "regions":
         values |= REGIONS
     values |= PRESETS[dataset, mode]
+    if method in BASELINES:
+        values |= PROJECTORS.get(projector, {})             # if there is none, the parser says so
+    if method in PAIR_METHODS:
+        values["views"] = 1
     if quick:
         values |= QUICK | QUICK_MODE.get(mode, {}) | dict(quick=True)
     if quick and dataset == "solids":
@@ -265,13 +294,16 @@ def from_command_line(argv=None):
     first = flags.Parser(add_help=False)
     first.add_argument("--dataset", default="stl10")
     first.add_argument("--mode", default="saccade")
+    first.add_argument("--method")
+    first.add_argument("--projector", default="mlp")
     first.add_argument("--quick", action="store_true")
     chosen, _ = first.parse_known_args(argv)
     values = {}
     if chosen.dataset in DATASETS and chosen.mode in MODES:     # if not, the full parser says so
-        values = preset(chosen.dataset, chosen.mode, chosen.quick)
-    about = ("Pre-train a seq-JEPA or DSeq-JEPA world model. The defaults shown are those of the "
-             "--dataset, --mode and --quick that are typed with --help.")
+        values = preset(chosen.dataset, chosen.mode, chosen.quick, chosen.method, chosen.projector)
+    about = ("Pre-train a seq-JEPA or DSeq-JEPA world model, or a baseline. The defaults shown are "
+             "those of the --dataset, --mode, --method, --projector and --quick that are typed "
+             "with --help.")
     if values:
         mode = MODES[chosen.mode]
         about += (f" Mode {chosen.mode} offers --condition {', '.join(mode.conditions)} and "
@@ -307,6 +339,7 @@ def check(config):
 
     Raises: BadInput, naming the flag, what was expected and what to do."""
     check_mode(config)
+    check_told(config)
     if config.mode == "regions":
         config = check_regions(config)
     flags.check_bounds(config)
@@ -348,6 +381,20 @@ def check_mode(c):
     if c.encoder not in ENCODERS[c.method]:
         raise BadInput(f"--encoder {c.encoder}: method {c.method} offers "
                        f"{', '.join(ENCODERS[c.method])}")
+
+
+def check_told(c):
+    """A method is told what it can use, and given as many views."""
+    if c.method in INVARIANT_METHODS and c.condition != "none":
+        raise BadInput(f"--condition {c.condition}: method {c.method} is told no action; "
+                       "leave it out")
+    if c.method in NEEDS_ACTION and c.condition == "none":
+        told = [condition for condition in MODES[c.mode].conditions if condition != "none"]
+        raise BadInput(f"--condition none: method {c.method} predicts by the action alone; "
+                       f"choose from {', '.join(told)}")
+    if c.method in PAIR_METHODS and c.views != 1:
+        raise BadInput(f"--views {c.views}: method {c.method} learns from pairs of views, M = 1; "
+                       "leave it out")
 
 
 def check_views(c):
@@ -409,8 +456,15 @@ def default_name(c):
     """DATASET-MODE, and what is not the default of the mode."""
     parts = ["quick"] if c.quick else []
     parts += [c.dataset, c.mode]
-    if c.condition != MODES[c.mode].conditions[0]:
+    if c.condition != default_condition(c.mode, c.method):
         parts.append(c.condition)
     if c.method != MODES[c.mode].methods[0]:
         parts.append(c.method)
+    if c.method in BASELINES and c.projector != "mlp":
+        parts.append(c.projector)
     return "-".join(parts)
+
+
+def default_condition(mode, method):
+    """What a method is told unless --condition says otherwise."""
+    return "none" if method in INVARIANT_METHODS else MODES[mode].conditions[0]

@@ -66,6 +66,9 @@ PROBES = {
 }
 
 
+AGGREGATE = ("path", "invariance", "retrieval", "transfer")     # of these: what reads z_agg alone
+
+
 # ---------------------------------------------------------------- one row for each mode
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Protocol:
     online: Callable            # (model, setup, {split: indices}) -> a number for each of
     online_columns: tuple       # ... these columns of metrics.csv
     draw: Callable              # (model, views, config, rows, run_dir) -> paths of the figures
-    lengths: tuple = (1,)       # M_val: how many observed views z_agg is probed on
+    lengths: tuple = ()         # M_val: how many observed views z_agg is probed on, if there is one
     heads: dict = field(default_factory=dict)   # A.2: {part of an action: its regressor}, or linear
     on_request: tuple = ()      # probes that are run only if asked for
     any_images: bool = False    # whether --dataset is for all its probes, not for `transfer` alone
@@ -137,7 +140,9 @@ def as_published(config):
 
     Fixations were drawn from DeepGaze's saliency maps, computed or published; ours are others."""
     varied = {name: getattr(config, name) for name in VARIED}
-    preset = settings.Config(**settings.preset(config.dataset, config.mode) | varied)
+    preset = settings.preset(config.dataset, config.mode, method=config.method,
+                             projector=config.projector)
+    preset = settings.Config(**preset | varied)
     if config.encoder == "vit-huge":
         preset = dataclasses.replace(preset, image_size=448, epochs=300)
     if config.mode == "saccade":
@@ -182,8 +187,9 @@ def evaluate(options):
     rules = protocol(config.mode)
     names, data = choose_probes(options, config)
     lengths = choose_lengths(options, config, names)
+    settings.check(config)
     # Before data is rendered: has an object so many views?
-    settings.check(dataclasses.replace(config, views=lengths[-1]))
+    settings.check_views(dataclasses.replace(config, views=max((2, *lengths))))
     views = {split: build_views(data, split, device) for split in ("train", "val")}
     setup = probes.Setup(
         views, device, config.seed, M_train=config.views, lengths=lengths, probes=names,
@@ -208,7 +214,7 @@ def evaluate(options):
         config=dataclasses.asdict(settings.config_of(checkpoint)), device=str(device),
         dataset=data.dataset, classes=len(views["val"].classes), n_train=len(views["train"]),
         n_val=len(views["val"]), samplings=options.samplings,
-        seconds=round(time.monotonic() - started, 1), remarks=remarks_on(views), rows=rows)
+        seconds=round(time.monotonic() - started, 1), remarks=remarks_on(views, config), rows=rows)
     show(result)
     text = json.dumps(result, indent=1) + "\n"
     save_atomically(result_path(options, run_dir), lambda part: part.write_text(text))
@@ -261,9 +267,14 @@ def measure(model, setup, rules):
     return rows
 
 
-def remarks_on(views):
+def remarks_on(views, config):
     """What a reader of the numbers must know: sentences, mostly none."""
     remarks = []
+    rules = protocol(config.mode)
+    if rules.lengths and not config.aggregates:
+        absent = ["rows of z_agg", *(name for name in rules.probes if name in AGGREGATE)]
+        remarks.append(f"left out, for method {config.method} gathers no views into z_agg: "
+                       f"{', '.join(absent)}")
     for split, sampler in views.items():
         if len(sampler.labels.unique()) == 1:
             remarks.append(f"all {split} samples are of one class: top-1 says nothing, "
@@ -318,7 +329,8 @@ def online(model, views, config, device, due=True):
     if not due:
         return dict.fromkeys(rules.online_columns, float("nan"))
     M = config.views
-    setup = probes.Setup(views, device, config.seed, M_train=M, lengths=(M,), heads=rules.heads,
+    setup = probes.Setup(views, device, config.seed, M_train=M,
+                         lengths=(M,) if config.aggregates else (), heads=rules.heads,
                          probe_epochs=ONLINE_EPOCHS)
     some = {}
     for split, sampler in views.items():
@@ -351,13 +363,19 @@ def choose_probes(options, config):
     Raises: BadInput for what does not go together."""
     rules = protocol(config.mode)
     offered = (*rules.probes, *rules.on_request)
-    names = rules.probes if rules.any_images or not options.dataset else ("transfer",)
+    usable = [name for name in offered if config.aggregates or name not in AGGREGATE]
+    names = tuple(name for name in rules.probes if name in usable)
+    if options.dataset and not rules.any_images:
+        names = ("transfer",)
     if options.probe:
         names = tuple(options.probe)
     for name in names:
         if name not in offered:
             raise BadInput(f"--probe {name}: does not apply to mode {config.mode}; "
-                           f"choose from {', '.join(offered)}")
+                           f"choose from {', '.join(usable)}")
+        if name not in usable:
+            raise BadInput(f"--probe {name}: reads z_agg, and method {config.method} gathers no "
+                           f"views into one; choose from {', '.join(usable)}")
     if "cls" in options.probe and not config.cls:
         raise BadInput("--probe cls: the run was trained with --no-cls; leave it out")
     if not rules.any_images:
@@ -394,7 +412,12 @@ def other_data(options, config):
 
 
 def choose_lengths(options, config, names):
-    """M_val in ascending order; the invariance probe needs that of the training."""
+    """M_val in ascending order, none without z_agg; the invariance probe needs that of training."""
+    if options.views and not config.aggregates:
+        raise BadInput(f"--views {options.views[0]}: method {config.method} gathers no views into "
+                       "z_agg; leave it out")
+    if not config.aggregates:
+        return ()
     lengths = set(options.views or protocol(config.mode).lengths)
     if "invariance" in names:
         lengths.add(config.views)

@@ -23,6 +23,10 @@ import torch
 DIGESTED = 64   # images that a resumed run looks at, to see whether they are those it began with
 AHEAD = 2       # batches a Store may hold: the one at hand and the next
 
+# --method: what learns from two views of one thing, without and with the action between them.
+INVARIANT_METHODS = ("simclr", "byol", "vicreg")
+PAIR_METHODS = (*INVARIANT_METHODS, "sen", "equimod", "sie", "cond-byol")
+
 
 # ---------------------------------------------------------------- what a mode makes of images
 
@@ -64,7 +68,8 @@ class Views:
     and, known before any image is read:"""
 
     conditions = ("none",)      # choices of --condition, what the model is told; the first: default
-    methods = ("seq-jepa",)     # choices of --method, what can learn from such views; likewise
+    methods = ("seq-jepa", *PAIR_METHODS)   # choices of --method, what can learn from such views;
+                                            # likewise
     reads = ()                  # fields of Config that this mode reads and others may not
     groups = {}                 # {name: slice} of the columns of Batch.actions
     param_groups = {}           # {name: slice} of the columns of Batch.params

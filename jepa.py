@@ -29,8 +29,10 @@ class Output(NamedTuple):
     """What a method returns for a batch."""
     loss: torch.Tensor      # scalar
     z: torch.Tensor         # (B, M, D) of the observed views
-    z_agg: torch.Tensor     # (B, D+E); of region methods, z is the target encoder's patch tokens
-                            # (B, P, D) and z_agg their mean (B, D): both are watched for collapse
+    z_agg: torch.Tensor     # (B, D+E), what z is gathered into; of baselines (B, P), what the first
+                            # view is projected to; of region methods, z is the target encoder's
+                            # patch tokens (B, P, D) and z_agg their mean (B, D).  Both are watched
+                            # for collapse
     logs: dict              # {name: scalar tensor}: averaged over an epoch, then in metrics.csv
 
 

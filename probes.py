@@ -33,7 +33,8 @@ class Setup:
     device: torch.device
     seed: int
     M_train: int                # M of the run
-    lengths: tuple = ()         # M_val: how many views z_agg is probed on
+    lengths: tuple = ()         # M_val: how many views z_agg is probed on; of methods without
+                                # z_agg, none
     probes: tuple = ()          # names of all that will be asked for
     heads: dict = field(default_factory=dict)       # {part of an action: key of HEADS}, or "linear"
     samplings: int = 1          # S, of each training sample
@@ -72,7 +73,7 @@ def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=25
         the ablated aggregates).
     amp: bfloat16 autocast.  what: words for the progress bar."""
     index = torch.arange(len(views)) if index is None else index
-    M = max(*lengths, 2)                # at least two views: the action between them is probed
+    M = max((2, *lengths))              # at least two views: the action between them is probed
     was_training = model.training
     model.eval()
     batches = []
@@ -414,7 +415,9 @@ def multiply_adds(model, views, M):
 
 
 def online_views(model, setup, some):
-    """k-NN top-1 of z and of z_agg, R^2 of the action.  some: {split: indices (n,) of samples}."""
+    """k-NN top-1 of z and of z_agg (NaN without one), R^2 of the action.
+
+    some: {split: indices (n,) of samples}."""
     def features(split):
         return extract(model, setup.views[split], setup.lengths, setup.device,
                        seed=setup.seed, index=some[split])
@@ -423,6 +426,8 @@ def online_views(model, setup, some):
     val = features("val")
     M = setup.M_train
     knn_z = knn_accuracy(train.z_clean[0], train.labels, val.z_clean[0], val.labels)
-    knn_z_agg = knn_accuracy(train.z_agg[M][0], train.labels, val.z_agg[M][0], val.labels)
+    knn_z_agg = float("nan")
+    if setup.lengths:
+        knn_z_agg = knn_accuracy(train.z_agg[M][0], train.labels, val.z_agg[M][0], val.labels)
     name, columns = next(iter(setup.views["val"].groups.items()))
     return knn_z, knn_z_agg, action_row(name, columns, train, val, setup)["value"]

@@ -99,6 +99,7 @@ class Saccades(Views):
     params (B, M+1, 2): the fixation's own (x, y), image sides."""
 
     conditions = ("position", "none")
+    methods = ("seq-jepa", "conv-jepa")
     reads = ("patch_size", "saliency", "ior", "inside")
     groups = {"position": slice(0, 2)}
     param_groups = {"position": slice(0, 2)}

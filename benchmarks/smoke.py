@@ -195,7 +195,7 @@ def run(options):
     for name in options.only or CASES:
         mode, changes = CASES[name]
         batch = options.batch_size or (BATCHES[mode] if on_gpu else 8)
-        values = settings.preset(DATASETS[mode], mode, quick=not on_gpu)
+        values = settings.preset(DATASETS[mode], mode, quick=not on_gpu, method=changes["method"])
         config = settings.check(settings.Config(**values | dict(batch_size=batch) | changes))
         results[name] = attempt(config, device, None if name in VARIANTS else backend)
         print(summary(name, results[name]), flush=True)

@@ -44,7 +44,8 @@ FEW = 100           # with fewer points than this there are no neighbourhoods to
 
 # Panels of curves.png: title -> columns of metrics.csv. A run shows the columns that it measured.
 PANELS = {
-    "prediction loss": ["loss"],
+    "loss": ["loss"],
+    "terms of the loss": ["invariance", "equivariance", "variance", "covariance"],
     "learning rate": ["lr"],
     "spread of features (1 healthy, 0 collapsed)": ["z_std", "z_agg_std"],
     "effective rank of features (RankMe)": ["z_rank", "z_agg_rank"],
@@ -171,7 +172,7 @@ class Gallery(NamedTuple):
     """Up to GALLERY validation samples: first views and features, on the CPU."""
     pixels: torch.Tensor    # (n, H, W, 3) of view 1, in [0, 1]
     z: torch.Tensor         # (n, D) of view 1
-    z_agg: torch.Tensor     # (n, D+E)
+    z_agg: torch.Tensor     # (n, D+E); (n, 0) of a method without aggregate
     params: torch.Tensor    # (n, P) of view 1
     labels: torch.Tensor    # (n,)
 
@@ -187,7 +188,9 @@ def make_gallery(model, views, config):
         batch = views(index, M)
         z = model.encode(batch.views)
         a = model.embed(batch.actions)
-        z_agg = model.aggregate(z[:, :M], a[:, :M - 1])
+        z_agg = z.new_empty(len(z), 0)
+        if config.aggregates:
+            z_agg = model.aggregate(z[:, :M], a[:, :M - 1])
         pixels = torch.from_numpy(to_pixels(batch.views[:, 0], views))
         parts.append(Gallery(pixels, z[:, 0], z_agg, batch.params[:, 0], batch.labels))
     return Gallery(*(torch.cat(field).cpu() for field in zip(*parts)))
@@ -223,16 +226,16 @@ MAPS_REDRAW = {("rotation", True): " (as Fig. 5)", ("saccade", True): " (as Fig.
 
 
 def draw_maps(gallery, views, config, path):
-    """z and z_agg in 2-D by class, z by each of `views.maps` (Figs. 5, 6; not told, 13, 14)."""
+    """z and z_agg in 2-D by class, z by each of `views.maps` (Figs. 5, 6; not told, 13, 14).
+
+    Of a method without aggregate only z."""
     flat_z, method = project(gallery.z)
-    flat_agg, _ = project(gallery.z_agg)
 
     down = 2 if views.maps else 1
     across = max(2, len(views.maps))
     figure, axes = subplots(down, across, figsize=(3.4 * across + 1.6, 3.2 * down), squeeze=False)
     z_axis, agg_axis = axes[0, :2]
     _scatter_classes(z_axis, flat_z, gallery.labels, views)
-    _scatter_classes(agg_axis, flat_agg, gallery.labels, views)
     for axis, column in zip(axes[-1], views.maps.values()):
         values = gallery.params[:, column]
         points = axis.scatter(*flat_z.T, s=DOT, c=values, cmap="viridis", linewidths=0)
@@ -242,7 +245,12 @@ def draw_maps(gallery, views, config, path):
     for axis in [*axes[0, 2:], *axes[1:, len(views.maps):].flat]:
         axis.axis("off")
     z_axis.set_title("z of view 1, by class", fontsize=10)
-    agg_axis.set_title(f"z_agg, M = {config.views}, by class", fontsize=10)
+    if config.aggregates:
+        flat_agg, _ = project(gallery.z_agg)
+        _scatter_classes(agg_axis, flat_agg, gallery.labels, views)
+        agg_axis.set_title(f"z_agg, M = {config.views}, by class", fontsize=10)
+    else:
+        agg_axis.axis("off")
     for axis, name in zip(axes[-1], views.maps):
         axis.set_title(f"z of view 1, by {name}", fontsize=10)
     handles, names = z_axis.get_legend_handles_labels()
@@ -250,6 +258,7 @@ def draw_maps(gallery, views, config, path):
     shown = f"{len(names)} of {total} classes" if len(names) < total else None
     figure.legend(handles, names, title=shown, loc="outside right upper", markerscale=2)
     redrawn = MAPS_REDRAW.get((config.mode, config.condition != "none"), "")
+    redrawn = redrawn if config.aggregates else f", {config.method}"
     figure.suptitle(f"{method} of {len(flat_z):,} validation samples, "
                     f"condition {config.condition}{redrawn}", fontsize=11)
     return save(figure, path)

@@ -18,7 +18,7 @@ from torch import nn
 import config as settings
 import train
 from build import build_model, build_views
-from images import Batch
+from images import PAIR_METHODS, Batch
 from plumbing import distributed
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
@@ -71,17 +71,16 @@ REGIONS = dict(
     min_patches=2,
     predictor_depth=1,
 )
+SACCADES = dict(mode="saccade", dataset="folder", image_size=20, patch_size=8)
+ROTATIONS = dict(mode="rotation", dataset="solids", image_size=16, limit=16, object_views=4)
 CASES = {
-    "saccade": dict(mode="saccade", dataset="folder", image_size=20, patch_size=8, z_norm=True),
+    "saccade": dict(SACCADES, z_norm=True),
     "augment": dict(mode="augment", dataset="folder", image_size=20, stem="imagenet"),
-    "rotation": dict(
-        mode="rotation",
-        dataset="solids",
-        image_size=16,
-        limit=16,
-        object_views=4,
-        condition="rotation+color",
-    ),
+    "rotation": dict(ROTATIONS, condition="rotation+color"),
+    **{method: dict(ROTATIONS, method=method) for method in PAIR_METHODS},
+    "conv-jepa": dict(SACCADES, method="conv-jepa"),
+    "simclr transformer": dict(ROTATIONS, method="simclr", projector="transformer"),
+    "byol transformer": dict(ROTATIONS, method="byol", projector="transformer"),
     **{method: dict(REGIONS, method=method) for method in settings.REGION_METHODS},
     "dseq-jepa grad-cam": dict(REGIONS, method="dseq-jepa", proxy="grad-cam", cls=False),
     "dseq-jepa flat": dict(REGIONS, method="dseq-jepa", order="flat"),
@@ -90,18 +89,19 @@ CASES = {
 
 def setup(case, photos, tmp_path):
     """A model without dropout and one batch of 8, the same at every call."""
-    values = settings.preset(case["dataset"], case["mode"]) | dict(
+    preset = settings.preset(case["dataset"], case["mode"], method=case.get("method"))
+    values = preset | dict(
         width=4, action_dim=4, data_dir=str(tmp_path if "solids" in case["dataset"] else photos)
     )
     config = settings.check(settings.Config(**(values | case)))
     views = build_views(config, "pretrain", torch.device("cpu"))
     model = build_model(config, views.groups).train()
     seed_all(1)
-    batch = views(torch.arange(8), 2)._replace(progress=torch.tensor(0.5))
+    batch = views(torch.arange(8), min(2, config.views))._replace(progress=torch.tensor(0.5))
     # no residual branch and no token is left at its initial zero
     for name, p in model.named_parameters():
         p.data += 0.05 * torch.randn_like(p)
-    model.target_encoder.load_state_dict(model.encoder.state_dict())
+    model.update_target(0.0)
     if getattr(model, "vicreg", 0):
         model.vicreg = 0.1                              # at its own 0.001 the test would not see it
     for module in model.modules():
@@ -149,12 +149,14 @@ def test_two_processes_give_the_gradients_of_one(photos, tmp_path):
     spawn(write_gradients, photos, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, (expected, buffers, signs) in alone.items():
+        # a bias before a BatchNorm has no gradient but rounding, which grows with the loss
+        rounding = 1e-6 * max(1, expected["loss"].item())
         for found, found_buffers, found_health in (r[name] for r in ranks):
             assert expected.keys() == found.keys() and buffers.keys() == found_buffers.keys()
             for a, b in ((expected, found), (buffers, found_buffers)):
                 for key in a:
                     scale = a[key].abs().max()
-                    assert (a[key] - b[key]).abs().max() <= 2e-5 * scale + 1e-6, (
+                    assert (a[key] - b[key]).abs().max() <= 2e-5 * scale + rounding, (
                         f"{name}: {key} differs by "
                         f"{(a[key] - b[key]).abs().max():.1e} of {scale:.1e}"
                     )

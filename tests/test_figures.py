@@ -104,7 +104,7 @@ def test_a_mode_from_outside_is_drawn_as_far_as_rows_allow(maps, make_config, ma
     views = Shifts(make_split(12, 16), config, torch.device("cpu"))
     views.maps = maps
     model = build_model(config, views.groups)
-    config = SimpleNamespace(mode="shift", condition="shift", views=2, seed=0)
+    config = SimpleNamespace(mode="shift", condition="shift", views=2, seed=0, aggregates=True)
     titles = []
     original = Axes.set_title
 
@@ -196,11 +196,25 @@ def test_maps_use_umap_where_there_is_one_and_say_so(n, method, tmp_path, monkey
         torch.rand(n, 2),
         torch.arange(n) % 2,
     )
-    config = SimpleNamespace(mode="saccade", condition="none", views=2)
+    config = SimpleNamespace(mode="saccade", condition="none", views=2, aggregates=True)
     views = SimpleNamespace(classes=["a", "b"], maps={"x of fixation": 0})
     assert drawn(figures.draw_maps(gallery, views, config, tmp_path / "maps.png"))
     assert titles == [f"{method} of {n} validation samples, condition none (as Fig. 14)"]
     assert (figures.project(gallery.z)[0] == gallery.z[:, :2].numpy()).all() == (method == "UMAP")
+
+
+def test_maps_of_a_method_without_aggregate_show_z_alone(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **kw: titles.append(text))
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **kw: titles.append(text))
+    n = figures.FEW - 1
+    gallery = figures.Gallery(torch.rand(n, 4, 4, 3), torch.randn(n, 5), torch.empty(n, 0),
+                              torch.rand(n, 2), torch.arange(n) % 2)
+    config = SimpleNamespace(mode="rotation", condition="none", method="simclr", aggregates=False)
+    views = SimpleNamespace(classes=["a", "b"], maps={"angle x": 0})
+    assert drawn(figures.draw_maps(gallery, views, config, tmp_path / "maps.png"))
+    assert titles == ["z of view 1, by class", "z of view 1, by angle x",
+                      f"PCA of {n} validation samples, condition none, simclr"]
 
 
 def test_report_is_one_file_with_table_figures_and_settings(tmp_path):

@@ -22,6 +22,8 @@ from plumbing.health import Meters
 from train import build_optimizer
 
 GPU, BATCH = torch.device("cuda", 0), 16
+# what a baseline does with views is the same in every mode: it is tried on one mode's
+TRIED = [c for c in smoke.CASES if not c.startswith("augment, ") or c == "augment, seq-jepa"]
 
 
 def test_smoke_says_what_it_saw(tmp_path, capsys, monkeypatch):
@@ -99,10 +101,11 @@ def fake_gpu(monkeypatch):
     torch.__version__ < "2.11",
     reason="fake tensors of PyTorch 2.6 move to a GPU only where its driver is",
 )
-@pytest.mark.parametrize("case", smoke.CASES)
+@pytest.mark.parametrize("case", TRIED)
 def test_a_step_mixes_no_devices_and_waits_for_the_gpu_only_where_it_says(case, fake_gpu):
     mode, changes = smoke.CASES[case]
-    values = settings.preset(smoke.DATASETS[mode], mode) | dict(batch_size=BATCH)
+    preset = settings.preset(smoke.DATASETS[mode], mode, method=changes["method"])
+    values = preset | dict(batch_size=BATCH)
     # weights are real, and ViT-B's take a while to draw
     small = dict(encoder="vit-nano", image_size=64) if mode == "regions" else {}
     config = settings.check(settings.Config(**values | changes | small))
