@@ -33,6 +33,8 @@ components SciPy's. Differs from the authors' code, which drops regions under 30
 an image whose regions run out without them. I-JEPA's code never places a block on the last row or
 column; here every place that fits is as likely. Checked in tests/test_regions.py.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -81,74 +83,98 @@ def min_max(similarity):
 
 # ---- Discriminative regions: Eqs. 2-4.
 
-def otsu(level, candidate):
-    """Otsu's threshold (Eq. 2) over the candidates only.  ->  (B,) int64
+def otsu(level, rounds=1):
+    """Otsu's threshold (Eq. 2), again and again.  level (B, P) int64 in 0..255  ->  (B, rounds)
 
-    level (B, P) int64 in 0..255, candidate (B, P) bool. Foreground is level > threshold, as in
-    OpenCV. Candidates all alike, or none: 0.
+    The first is over all patches, each later one over those that are not above the one before it.
+    Foreground is level > threshold, as in OpenCV. Patches all alike: 0.
 
     With n patches of level sum S, and n1 and S1 up to a level, the variance between classes is
     (n S1 - n1 S)^2 / (n1 n2), times a constant. Its parts are integers below 2^53 for n up to
     1,200, so equal variances compare equal, and of these the lowest level wins. (torch.argmax
-    promises that too, but not on every device.)"""
+    promises that too, but not on every device.) One histogram serves all rounds: what is left are
+    the patches up to some level."""
     bins = torch.arange(LEVELS, device=level.device)
     histogram = torch.zeros(len(level), LEVELS, dtype=torch.int64, device=level.device)
-    histogram.scatter_add_(1, level, candidate.long())
+    histogram.scatter_add_(1, level, torch.ones_like(level))
     n1 = histogram.cumsum(1)
     S1 = (histogram * bins).cumsum(1)
-    n = n1[:, -1:]
-    S = S1[:, -1:]
-    between = (n * S1 - n1 * S).to(_wide(level.device)).square()
-    variance = between / (n1 * (n - n1)).clamp(min=1)
-    is_best = variance == variance.amax(1, keepdim=True)
-    return torch.where(is_best, bins, LEVELS).amin(1)
+    highest = torch.full_like(level[:, :1], LEVELS - 1)                     # level that is left
+    thresholds = []
+    for _ in range(rounds):
+        n = n1.gather(1, highest)
+        S = S1.gather(1, highest)
+        between = (n * S1 - n1 * S).to(_wide(level.device)).square()
+        variance = between / (n1 * (n - n1)).clamp(min=1)
+        variance = torch.where(bins <= highest, variance, -1)
+        is_best = variance == variance.amax(1, keepdim=True)
+        highest = torch.where(is_best, bins, LEVELS).amin(1, keepdim=True)
+        thresholds.append(highest)
+    return torch.cat(thresholds, dim=1)
 
 
-def _neighbours(values, outside):
-    """The 8 neighbours of every patch, `outside` beyond the border: (B, H, W)  ->  (B, 8, H, W)"""
+def _neighbours(values):
+    """The 8 neighbours of every patch, 0 beyond the border: (B, H, W)  ->  (B, 8, P)"""
     H, W = values.shape[1:]
-    padded = F.pad(values, (1, 1, 1, 1), value=outside)
+    padded = F.pad(values, (1, 1, 1, 1))
     shifts = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)]       # (1, 1): itself
-    return torch.stack([padded[:, r:r + H, c:c + W] for r, c in shifts], dim=1)
+    return torch.stack([padded[:, r:r + H, c:c + W] for r, c in shifts], dim=1).flatten(2)
 
 
 def components(group):
-    """8-connected components, numbered 1, 2, ... in raster order of their first patch.
+    """8-connected components: of each patch, the number of its component's first patch.
 
     group (B, H, W): a bool mask, or integers of which only equal ones connect and 0 is background
-    ->  (B, H, W) int64, 0 = background
+    ->  (B, P) int64, patches numbered 0..P-1 in raster order; P = background
 
-    Boruvka's algorithm. Each patch starts as a tree, named by its number. In a round every tree
-    hooks onto the one of smallest name among those of its group that it touches. Choosing the
-    smallest allows no cycle but two trees choosing one another; of these the smaller becomes the
-    root. A tree that is not yet its whole component thereby at least doubles in size, so
-    floor(log2 P) rounds join everything. Round s starts with at most P / 2^s unfinished trees, so
-    no chain of hooks is longer and P.bit_length() - s doublings flatten it. (Repeated 3x3 dilation
-    is simpler, but a spiral takes it P / 2 passes.)"""
+    Boruvka's algorithm. A tree is a set of connected patches, named by its first. In a round every
+    tree hooks onto the one of smallest name among those of its group that it touches. Choosing the
+    smallest allows no cycle but two trees choosing one another; of these the smaller, which is the
+    smallest of all that hang on them, becomes the root. Within a block of 2 x 2 patches those of a
+    group all touch, so at the start a component has at most as many trees as there are blocks. In
+    a round every tree that is not yet its whole component joins another: their number halves, at
+    least. So the number of rounds, and in each the length of the longest chain of hooks, are known
+    beforehand, and nothing waits for the device. (Repeated 3x3 dilation is simpler, but a spiral
+    takes it P / 2 passes.)
+
+    The work is in comparing 8 neighbours. There, small integers are fastest, and a name counts from
+    the last patch up, so that 0 is nobody."""
     B, H, W = group.shape
     P = H * W
-    group = group.long()
-    foreground = group != 0
-    joined = (_neighbours(group, 0) == group[:, None]) & foreground[:, None]
-    joined = joined.flatten(2)                                              # (B, 8, P)
-    own = torch.arange(P, device=group.device).expand(B, P)
-    tree = own                              # the name of each patch's tree
-    for doublings in range(P.bit_length(), 1, -1):
-        across = _neighbours(tree.view(B, H, W), P).flatten(2)
-        nearest = torch.where(joined & (across != tree[:, None]), across, P)
-        for half in (4, 2, 1):              # the smallest of 8: amin over int64 is slow on CPU
-            nearest = torch.minimum(nearest[:, :half], nearest[:, half:])
-        chosen = torch.full_like(tree, P).scatter_reduce(1, tree, nearest[:, 0], "amin")
-        parent = torch.where(chosen < P, chosen, own)
-        mutual = parent.gather(1, parent) == own
-        parent = torch.where(mutual & (own < parent), own, parent)
-        for _ in range(doublings):
+    group = group.int()
+    patch = torch.arange(P, device=group.device).expand(B, P)
+    joined = (_neighbours(group) == group.flatten(1)[:, None]) & (group != 0).flatten(1)[:, None]
+    joined = joined.short()                                                 # (B, 8, P), 1 or 0
+    tree = _first_in_block(joined, H, W)
+    trees = math.ceil(H / 2) * math.ceil(W / 2)
+    while trees > 1:
+        name = (P - tree).short()
+        across = _neighbours(name.view(B, H, W))
+        others = across * joined * (across != name[:, None]).short()
+        smallest = P - others.amax(1).long()                                # P: touches no other
+        chosen = torch.full_like(tree, P).scatter_reduce(1, tree, smallest, "amin")
+        parent = torch.where(chosen < P, chosen, patch)
+        mutual = parent.gather(1, parent) == patch
+        parent = torch.where(mutual, torch.minimum(parent, patch), parent)
+        for _ in range((trees - 2).bit_length()):       # a chain has at most trees - 1 hooks
             parent = parent.gather(1, parent)
         tree = parent.gather(1, tree)
-    first = torch.full_like(tree, P).scatter_reduce(1, tree, own, "amin").gather(1, tree)
-    foreground = foreground.flatten(1)
-    number = ((first == own) & foreground).cumsum(1).gather(1, first)
-    return torch.where(foreground, number, 0).view(B, H, W)
+        trees //= 2
+    return torch.where(group.flatten(1) != 0, tree, P)
+
+
+def _first_in_block(joined, H, W):
+    """Of each patch, the first patch of its group in its block of 2 x 2.
+
+    joined (B, 8, P), 1 or 0: which neighbours are of its group  ->  (B, P) int64"""
+    P = H * W
+    name = (P - torch.arange(P, device=joined.device)).short()
+    rows = torch.arange(H, device=joined.device)[:, None] // 2
+    columns = torch.arange(W, device=joined.device) // 2
+    block = 1 + rows * W + columns                                          # its number
+    in_block = (_neighbours(block[None]) == block.flatten()).short()        # (1, 8, P)
+    first = (_neighbours(name.view(1, H, W)) * in_block * joined).amax(1)
+    return P - torch.maximum(first, name).long()
 
 
 def discriminative_regions(saliency, N, rule, min_patches=10):
@@ -161,31 +187,27 @@ def discriminative_regions(saliency, N, rule, min_patches=10):
     into bands. Components of all bands are then found at once. A band scores above every later one,
     so one sort ranks them all."""
     B, H, W = saliency.shape
+    P = H * W
     rounds = {"otsu": 1, "otsu-refill": ROUNDS}[rule]
     saliency = saliency.float().nan_to_num(0).flatten(1)
     level = (255 * saliency).clamp(0, LEVELS - 1).long()
-
-    threshold = torch.full_like(level[:, :1], LEVELS)
-    band = torch.zeros_like(level)                                          # Eq. 2; 0 = the rest
-    for i in range(rounds):
-        candidate = level <= threshold
-        threshold = otsu(level, candidate)[:, None]
-        band = torch.where(candidate & (level > threshold), i + 1, band)
+    thresholds = otsu(level, rounds).flip(1)                                # Eq. 2; rising
+    band = torch.searchsorted(thresholds, level)        # how many are below the level: 0 = the rest
+    region = components(band.view(B, H, W))             # P = the rest
 
     # Eq. 3: float32 numbers of level >= 1 add up exactly in float64, in whatever order a GPU does.
-    label = components(band.view(B, H, W)).flatten(1)                       # 0 = the rest
     saliency = saliency.to(_wide(saliency.device))
-    size = saliency.new_zeros(B, H * W + 1).scatter_add(1, label, torch.ones_like(saliency))
-    total = saliency.new_zeros(B, H * W + 1).scatter_add(1, label, saliency)
+    size = saliency.new_zeros(B, P + 1).scatter_add(1, region, torch.ones_like(saliency))
+    total = saliency.new_zeros(B, P + 1).scatter_add(1, region, saliency)
     score = torch.where(size >= min_patches, total / size.clamp(min=1), -1)
-    score[:, 0] = -1
+    score[:, P] = -1
 
-    # Eq. 4: the labels of the N - 1 best become ranks, all others R_N.
+    # Eq. 4: the N - 1 best become ranks, all others R_N.
     best = score.argsort(dim=1, descending=True, stable=True)[:, :N - 1]
     is_region = score.gather(1, best) > 0
     rank = torch.where(is_region, torch.arange(1, N, device=best.device), N)
-    rank_of_label = torch.full_like(size, N, dtype=torch.int64).scatter(1, best, rank)
-    return rank_of_label.gather(1, label).view(B, H, W)
+    rank_of_region = torch.full_like(size, N, dtype=torch.int64).scatter(1, best, rank)
+    return rank_of_region.gather(1, region).view(B, H, W)
 
 
 # ---- Random blocks: the curriculum's, and I-JEPA's masks.

@@ -85,9 +85,7 @@ def draw_regions(model, views, config, path, count=6):
 def _above_otsu(saliency):
     """Eq. 2.  (B, H, W) in [0, 1]  ->  (B, H, W) bool"""
     level = (255 * saliency.flatten(1)).long().clamp(0, LEVELS - 1)
-    everywhere = torch.ones_like(level, dtype=torch.bool)
-    above = level > otsu(level, everywhere)[:, None]
-    return above.view_as(saliency)
+    return (level > otsu(level)).view_as(saliency)
 
 
 def _ijepa_blocks(B, grid, config):

@@ -172,32 +172,28 @@ def test_otsu_equals_opencv(kind, grid):
     maps = noise_maps(kind, 150, grid).numpy()
     values = np.uint8(255 * maps).reshape(len(maps), -1)
     level = torch.from_numpy(values).long()
-    threshold = otsu(level, torch.ones_like(level, dtype=torch.bool))
+    threshold = otsu(level)
     for b in range(len(maps)):
-        assert threshold[b] == cv2_otsu(values[b])
+        assert threshold[b, 0] == cv2_otsu(values[b])
 
 
-@pytest.mark.parametrize("kind", ["blurred", "levels5"])
-def test_otsu_sees_only_the_candidates(kind):
-    maps = noise_maps(kind, 300, (14, 14))
+@pytest.mark.parametrize("kind", ["blurred", "noise", "spiky", "levels2", "levels5"])
+def test_later_thresholds_are_opencv_s_of_what_is_left(kind):
+    maps = noise_maps(kind, 200, (13, 14))
     level = (255 * maps).long().flatten(1)
-    candidate = torch.rand(level.shape) < torch.rand(300, 1)
-    candidate[0] = False
-    candidate[1] = torch.arange(196) == 77
-    threshold = otsu(level, candidate)
-    assert threshold[:2].tolist() == [0, 0]
-    for b in range(2, 300):
-        if candidate[b].any():
-            assert threshold[b] == cv2_otsu(level[b][candidate[b]].numpy().astype(np.uint8))
+    thresholds = otsu(level, rounds=6)
+    assert thresholds.shape == (200, 6)
+    for b in range(200):
+        left = level[b].numpy().astype(np.uint8)
+        for threshold in thresholds[b].tolist():
+            assert threshold == cv2_otsu(left)
+            left = left[left <= threshold]
 
 
 def test_otsu_of_constants_is_zero_as_opencv_has_it():
     level = torch.tensor([0, 1, 128, 255])[:, None].expand(4, 30)
-    assert (
-        otsu(level, torch.ones(4, 30, dtype=torch.bool)).tolist()
-        == [0] * 4
-        == [cv2_otsu(np.full(30, v, np.uint8)) for v in level[:, 0]]
-    )
+    assert otsu(level, 2).tolist() == [[0, 0]] * 4
+    assert [cv2_otsu(np.full(30, v, np.uint8)) for v in level[:, 0]] == [0] * 4
 
 
 def test_otsu_ties_go_to_the_lowest_level():
@@ -205,39 +201,44 @@ def test_otsu_ties_go_to_the_lowest_level():
     levels, all are alike."""
     for n, m, v in [(3, 5, 100), (1, 1, 7), (10, 2, 127), (7, 90, 40), (300, 500, 127)]:
         level = torch.tensor([[0] * n + [v] * m + [2 * v] * n])
-        assert otsu(level, torch.ones_like(level, dtype=torch.bool)).item() == 0
-    assert (
-        otsu(torch.tensor([[20] * 5 + [90] * 7]), torch.ones(1, 12, dtype=torch.bool)).item() == 20
-    )
+        assert otsu(level).item() == 0
+    assert otsu(torch.tensor([[20] * 5 + [90] * 7])).item() == 20
 
 
 # ---- components
 
+def numbered(groups):
+    """components(groups) with SciPy's numbers: 1, 2, ... in order of first patches, 0 = background.
+
+    (B, H, W)  ->  the same shape, NumPy"""
+    groups = torch.as_tensor(groups)
+    first = components(groups)
+    P = first.shape[1]
+    number = (first == torch.arange(P)).long().cumsum(1)
+    number = torch.cat([number, torch.zeros(len(first), 1, dtype=torch.long)], 1).gather(1, first)
+    return number.view(groups.shape).numpy()
+
+
 def assert_components(masks):
-    masks = torch.as_tensor(masks)
-    labels = components(masks).numpy()
-    for b in range(len(masks)):
-        np.testing.assert_array_equal(labels[b], ndimage.label(masks[b].numpy(), EIGHT)[0])
+    """Equal to SciPy's on each of the masks (B, H, W), in one call of each."""
+    labels, _ = ndimage.label(masks, np.stack([np.zeros((3, 3)), EIGHT, np.zeros((3, 3))]))
+    highest = np.maximum.accumulate(np.append(0, labels.max((1, 2))))[:-1, None, None]
+    np.testing.assert_array_equal(numbered(masks), np.where(masks, labels - highest, 0))
 
 
-@pytest.mark.parametrize("grid", GRIDS + [(1, 1), (2, 1), (23, 28)])
-def test_components_equal_scipy_on_noise(grid):
+@pytest.mark.parametrize("grid", GRIDS + [(1, 1), (2, 1), (1, 2), (13, 15), (23, 28)])
+def test_components_equal_scipy_on_thousands_of_masks(grid):
     rng = np.random.default_rng(1)
-    masks = rng.random((200, *grid)) < rng.uniform(0, 1, (200, 1, 1))
-    blurred = ndimage.gaussian_filter(rng.random((60, *grid)), (0, 1, 1)) > 0.5
+    masks = rng.random((1500, *grid)) < rng.uniform(0, 1, (1500, 1, 1))
+    blurred = ndimage.gaussian_filter(rng.random((500, *grid)), (0, 1, 1)) > 0.5
     assert_components(np.concatenate([masks, blurred]))
 
 
-def test_components_equal_scipy_on_every_3x5_mask():
-    masks = (np.arange(2 ** 15)[:, None] >> np.arange(15) & 1).astype(bool).reshape(-1, 3, 5)
-    within_image = np.zeros((3, 3, 3))
-    within_image[1] = 1
-    # numbered through all images, in order
-    labels, _ = ndimage.label(masks, within_image)
-    before = np.maximum.accumulate(np.append(0, labels.max((1, 2))))[:-1, None, None]
-    np.testing.assert_array_equal(
-        components(torch.from_numpy(masks)).numpy(), np.where(masks, labels - before, 0)
-    )
+@pytest.mark.parametrize("H, W", [(3, 5), (4, 4)])
+def test_components_equal_scipy_on_every_small_mask(H, W):
+    P = H * W
+    masks = (np.arange(2 ** P)[:, None] >> np.arange(P) & 1).astype(bool)
+    assert_components(masks.reshape(-1, H, W))
 
 
 @pytest.mark.parametrize("n", [8, 14, 15, 28])
@@ -258,19 +259,19 @@ def test_components_of_long_winding_shapes(n):
         r >= 0,
     ]
     shapes = np.stack([flip for s in shapes for flip in (s, s[::-1], s[:, ::-1], s.T, ~s)])
-    assert (
-        components(torch.from_numpy(spiral(n))[None]).max() == 1 and spiral(n).sum() > n * n * 0.45
-    )
+    assert numbered(spiral(n)[None]).max() == 1 and spiral(n).sum() > n * n * 0.45
     assert_components(np.ascontiguousarray(shapes))
 
 
-def test_components_of_groups_connect_equal_values_only():
-    groups = torch.randint(0, 4, (100, 9, 7))
-    labels = components(groups)
-    for b in range(100):
+@pytest.mark.parametrize("grid", [(9, 7), (14, 14)])
+@pytest.mark.parametrize("kinds", [2, 3, 8])
+def test_components_of_groups_connect_equal_values_only(grid, kinds):
+    groups = torch.randint(0, kinds + 1, (150, *grid))
+    labels = numbered(groups)
+    for b in range(150):
         first = {}
-        expected = np.zeros((9, 7), int)
-        for value in (1, 2, 3):
+        expected = np.zeros(grid, int)
+        for value in range(1, kinds + 1):
             parts, count = ndimage.label(groups[b].numpy() == value, EIGHT)
             first |= {int(np.flatnonzero(parts == k)[0]): parts == k for k in range(1, count + 1)}
         for number, start in enumerate(sorted(first), 1):
@@ -374,7 +375,7 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch():
     level, group = (255 * maps).long().flatten(1), (4 * maps).long()
     everything = lambda m, label, g: (
         [discriminative_regions(m, 5, rule) for rule in RULES]
-        + [otsu(label, label > 9), components(g), min_max(m.flatten(1))]
+        + [otsu(label, 3), components(g), min_max(m.flatten(1))]
     )
     together = everything(maps, level, group)
     for b in range(20):
@@ -637,7 +638,7 @@ def run_everything(device):
     tokens = torch.randn(6, 70, 8, device=device)
     level = (255 * saliency).long().flatten(1)
     return [saliency, *ranks, *orders, *multi_block(6, (7, 10), device, min_patches=3),
-            grad_cam(tokens, tokens), otsu(level, level > 3), components(saliency > 0.5)]
+            grad_cam(tokens, tokens), otsu(level, 3), components(saliency > 0.5)]
 
 
 def test_nothing_depends_on_data_on_the_host():
