@@ -72,7 +72,7 @@ PRESETS = {
 # Mode `regions` in general.  0.A.1.2; what is lost there is I-JEPA's
 REGIONS = dict(method="dseq-jepa", epochs=600, batch_size=2048, lr=1e-3, lr_start=2e-4, lr_end=1e-6,
                warmup_epochs=15, weight_decay=0.04, weight_decay_end=0.4, ema=0.996,
-               ema_shape="linear")
+               ema_shape="linear", max_region=0.2)
 # The predictor's width and blocks for each encoder.  0.A.1.1: as I-JEPA; half as wide as the two
 # small encoders
 PREDICTORS = {"vit-nano": (64, 3), "vit-tiny": (96, 6), "vit-small": (192, 6), "vit-base": (384, 6),
@@ -163,15 +163,20 @@ class Config:
                                        "noise: random numbers (Table 4)",
                              choices=("linear", "raw", "noise"), of=SEQ)
 
-    regions: str = flag("otsu", "otsu: the paper's rule; otsu-refill: threshold what is left again "
-                                "until there are enough; random: blocks (Table 4)",
+    regions: str = flag("otsu-refill", "otsu: one threshold, the paper's words; otsu-refill: "
+                                       "threshold what is left again, until there are enough; "
+                                       "random: blocks (Table 4)",
                         choices=("otsu", "otsu-refill", "random"), of=DSEQ,
                         section="DSeq-JEPA and its relatives (Secs. 3.2, 0.A.1), mode regions")
     region_count: int = flag(5, "N, regions of an image, the rest included (Table 9)")
     order: str = flag("discriminative", "in which regions are predicted (Table 5)",
-                      choices=("discriminative", "random", "spatial", "truncated", "flat"), of=DSEQ)
+                      choices=("discriminative", "random", "spatial", "inverse", "truncated",
+                                "flat"), of=DSEQ)
     min_patches: int = flag(0, "smaller regions are dropped; 0 = 10 of 14 x 14 patches or more, "
                                "in proportion on smaller grids")
+    max_region: float = flag(1.0, "a region's largest share of the image: larger ones are cut, "
+                                  "most salient patches first; 1 = no bound",
+                             low=0, above=True, high=1, of=DSEQ)
     proxy: str = flag("cls", "source of saliency: cls, similarity to [CLS]; grad-cam (Eq. 8)",
                       choices=("cls", "grad-cam"), of=DSEQ)
     saliency_block: int = flag(0, "l, the block whose tokens give the saliency, from 1 up; "
@@ -221,6 +226,13 @@ class Config:
     def view_size(self):
         """Side of what the encoder sees, pixels."""
         return self.patch_size if self.mode == "saccade" else self.image_size
+
+    @property
+    def max_patches(self):
+        """The most patches that a region may have, in mode regions; None: any number."""
+        if self.max_region == 1:
+            return None
+        return int(self.max_region * (self.image_size // self.patch_size) ** 2)
 
     @property
     def views_per_sample(self):
@@ -279,6 +291,9 @@ def from_command_line(argv=None):
     typed = vars(parser.parse_args(argv))
     config = check(Config(**values | typed))
     flags.refuse_ignored(typed, config, readers)
+    if config.regions == "otsu" and typed.keys() & {"region_count", "order"}:
+        print("note: with --regions otsu most images have one region and the rest, so that "
+              "--region-count and --order hardly matter; otsu-refill finds more")
     return config
 
 
@@ -379,6 +394,9 @@ def check_regions(c):
     if c.predictor_width % 32 or min(c.predictor_width, c.predictor_depth) < 1:
         raise BadInput(f"--predictor-width {c.predictor_width}: expected a multiple of 32, "
                        "and --predictor-depth at least 1")
+    if c.max_patches is not None and c.max_patches < c.min_patches:
+        raise BadInput(f"--max-region {c.max_region:g}: of {P} patches that is {c.max_patches}, "
+                       f"and --min-patches is {c.min_patches}; raise the one or lower the other")
     return c
 
 

@@ -85,24 +85,30 @@ class Discriminative:
     (the curriculum of Sec. 3.2).
 
     source: "otsu", "otsu-refill", or "random" (Table 4's "uniform": random blocks always).
-    order: Table 5.  proxy: where saliency comes from, "cls" or "grad-cam" (Eq. 8)."""
+    order: Table 5.  proxy: where saliency comes from, "cls" or "grad-cam" (Eq. 8).
+    min_patches, max_patches: bounds of a region's size; see regions.discriminative_regions."""
     region_causal = True        # context never sees mask tokens, nor one region's those of another
 
-    def __init__(self, *, N, source, order, proxy, min_patches):
+    def __init__(self, *, N, source, order, proxy, min_patches, max_patches=None):
         self.N = N
         self.steps = N - 1                                          # if all regions are there
         self.source = source
         self.order = order
         self.proxy = "none" if source == "random" else proxy        # nobody would look at it
         self.min_patches = min_patches
+        self.max_patches = max_patches
+
+    def regions(self, saliency, grid):
+        """Salient regions: saliency (B, P)  ->  rank (B, P)."""
+        rank = discriminative_regions(saliency.unflatten(1, grid), self.N, self.source,
+                                      self.min_patches, self.max_patches)
+        return rank.flatten(1)
 
     def __call__(self, batch, saliency, grid):
         rank = batch.actions[:, 0]                                  # (B, P): random blocks
         if self.source != "random":
-            saliency = saliency.unflatten(1, grid)
-            salient = discriminative_regions(saliency, self.N, self.source, self.min_patches)
             coin = batch.params                                     # (B, 1), uniform in [0, 1)
-            rank = torch.where(coin < batch.progress, salient.flatten(1), rank)
+            rank = torch.where(coin < batch.progress, self.regions(saliency, grid), rank)
         if self.order == "flat":
             return flat(rank, self.N)
         rank = reorder(rank.unflatten(1, grid), self.N, self.order).flatten(1)

@@ -8,10 +8,11 @@ patch has one rank. An image with fewer than N - 1 discriminative regions lacks 
 it has fewer steps, no other change. Rank 0 means no part in anything, and only order "truncated"
 gives it.
 
-Rule "otsu" is the paper's: one Otsu threshold, its 8-connected components of at least 10 patches,
-best mean saliency first. One threshold rarely yields N - 1 = 4 components, so rule "otsu-refill",
-ours, thresholds what was below the threshold again and again, and appends the components that come
-up.
+Rule "otsu" is the paper's words: one Otsu threshold, its 8-connected components of at least 10
+patches, best mean saliency first. One threshold rarely yields N - 1 = 4 components, so rule
+"otsu-refill", ours and the default, thresholds what was below the threshold again and again, and
+appends the components that come up. Of both, a component that is too large is cut into layers
+(`layers`). Why, and what it costs: `discriminative_regions`.
 
 Beside them, with the same shapes: random blocks for the curriculum, I-JEPA's masks, and the orders
 of Table 5. Last, mode `regions` itself (0.A.1.2): one random resized crop of each image, and the
@@ -42,7 +43,7 @@ from augmentations import Recipe, resized_crop_flip, sample
 from images import Batch, Views
 
 RULES = ("otsu", "otsu-refill")
-ORDERS = ("discriminative", "random", "spatial", "truncated")
+ORDERS = ("discriminative", "random", "spatial", "inverse", "truncated")
 LEVELS = 256                    # OpenCV's Otsu sees uint8(255 x)
 ROUNDS = 8                      # thresholds of "otsu-refill"; a fixed number keeps shapes fixed
 TOP = 3                         # regions that order "truncated" keeps
@@ -177,8 +178,41 @@ def _first_in_block(joined, H, W):
     return P - torch.maximum(first, name).long()
 
 
-def discriminative_regions(saliency, N, rule, min_patches=10):
+def layers(saliency, region, most):
+    """Which layer of its region a patch is in, if the most salient `most` patches are layer 0, the
+    next `most` layer 1, and so on.  saliency >= 0, region: (B, P)  ->  (B, P) int64
+
+    Equally salient patches keep raster order."""
+    P = region.shape[1]
+    bits = saliency.contiguous().view(torch.int32)      # those of floats >= 0 sort as the floats do
+    order = ((region << 32) - bits).argsort(dim=1, stable=True)             # region by region
+    sorted_region = region.gather(1, order)
+    place = torch.arange(P, device=region.device)
+    begins = torch.ones_like(sorted_region, dtype=torch.bool)               # a region
+    begins[:, 1:] = sorted_region[:, 1:] != sorted_region[:, :-1]
+    start = torch.where(begins, place, 0).cummax(1).values
+    return torch.zeros_like(region).scatter(1, order, (place - start) // most)
+
+
+def discriminative_regions(saliency, N, rule, min_patches=10, max_patches=None):
     """Eqs. 2-4.  saliency (B, H, W) in [0, 1], rule one of RULES  ->  rank (B, H, W) int64 in 1..N
+
+    Defaults of mode `regions`: "otsu-refill", and max_patches a fifth of the image. The paper says
+    that sizes are bounded ("sampled with scales between ... and ...", 0.A.1.2; the numbers are lost
+    from our copy, and 0.15 to 0.2 is the only range in the authors' settings), and it presupposes
+    chains of N regions: later steps are "clearly harder", and truncating them costs half a point
+    (Sec. 4.3.2). Before training, on 256 images of Tiny ImageNet (ViT-S/8) and 64 photos at 224 px
+    (ViT-B/16); the last column, FLOPs beside I-JEPA's over a whole curriculum, is 1.16 in Table 8:
+
+                             steps of 4   images with all 4   R_1, % of image   beside I-JEPA
+        otsu                 1.1    1.5        0     0 %          47    42        1.16   1.04
+        otsu-refill          3.6    3.2       68    45 %          47    42        1.41   1.16
+        otsu-refill, cut     4.0    3.8      100    89 %          17    12        1.20   1.00
+
+    max_patches: none of R_1..R_{N-1} is larger (None: no bound). Of a component that is, the
+    max_patches most salient patches are one layer, the next as many another, and so on; connected
+    parts of a layer are regions of their own, if they have min_patches. So a large component is cut
+    to its most salient patches, and what is cut away comes later instead of being lost.
 
     Regions that score alike keep raster order. NaN counts as 0: the training loop is the place to
     report it. A patch of level 0 is above no threshold, so after min_max the rest is never empty.
@@ -194,6 +228,10 @@ def discriminative_regions(saliency, N, rule, min_patches=10):
     thresholds = otsu(level, rounds).flip(1)                                # Eq. 2; rising
     band = torch.searchsorted(thresholds, level)        # how many are below the level: 0 = the rest
     region = components(band.view(B, H, W))             # P = the rest
+    if max_patches is not None:
+        layer = layers(saliency.clamp(min=0), region, max_patches)
+        layer = torch.where(band > 0, band * P + layer, 0)
+        region = components(layer.view(B, H, W))
 
     # Eq. 3: float32 numbers of level >= 1 add up exactly in float64, in whatever order a GPU does.
     saliency = saliency.to(_wide(saliency.device))
@@ -305,10 +343,12 @@ def reorder(rank, N, order, generator=None):
         random          R_1 ... R_{N-1} permuted, per image; the rest stays last
         spatial         sorted by the patch that holds a region's centre, in row-major order; the
                         rest stays last
+        inverse         from the least salient to the most; the rest stays last (of the authors'
+                        project page: 71.3, where "discriminative" has 73.5)
         truncated       the first three that exist, the rest being one of them or not; later ones
                         get rank 0: nothing predicts or sees them
 
-    After "random" and "spatial" the regions that exist have the lowest ranks."""
+    After "random", "spatial" and "inverse" the regions that exist have the lowest ranks."""
     if order == "discriminative":
         return rank
     if order == "truncated":
@@ -321,6 +361,8 @@ def reorder(rank, N, order, generator=None):
     exists = inside.any(2)
     if order == "random":
         key = torch.rand(exists.shape, device=rank.device, generator=generator)
+    elif order == "inverse":
+        key = torch.arange(N - 1, 0, -1, device=rank.device)
     else:
         patch = torch.arange(H * W, device=rank.device)
         key = _centre(inside, patch // W) * W + _centre(inside, patch % W)

@@ -54,8 +54,9 @@ def draw_regions(model, views, config, path, count=6):
     images = views.clean(spread(views, count))
     tokens, _ = model.target_encoder(images, keep=(model.block,))
     saliency = min_max(cls_similarity(tokens[:, 0], tokens[:, 1:])).cpu().unflatten(1, grid)
-    once = discriminative_regions(saliency, N, "otsu", config.min_patches)
-    refilled = discriminative_regions(saliency, N, "otsu-refill", config.min_patches)
+    sizes = (config.min_patches, config.max_patches)
+    once = discriminative_regions(saliency, N, "otsu", *sizes)
+    refilled = discriminative_regions(saliency, N, "otsu-refill", *sizes)
     foreground = _above_otsu(saliency)
     blocks = _ijepa_blocks(count, grid, config)
     photos = to_pixels(images, views)
@@ -155,9 +156,7 @@ def step_losses(model, views, config):
         if config.regions == "random":
             rank = batch.actions[:, 0]
         else:
-            saliency = saliency.unflatten(1, model.encoder.grid)
-            rank = discriminative_regions(saliency, N, config.regions, config.min_patches)
-            rank = rank.flatten(1)
+            rank = model.plan.regions(saliency, model.encoder.grid)
         plan = sequential(rank, N)
         loss, predicted = model.step_losses(*model.predict(images, plan), plan, h)
         total += (loss * predicted).sum(0).cpu().double()

@@ -452,6 +452,8 @@ def test_vicreg_acts_on_image_means(make_config, method):
         dict(regions="random"),
         dict(order="random"),
         dict(order="spatial"),
+        dict(order="inverse"),
+        dict(max_region=1.0),
         dict(order="truncated"),
         dict(order="flat"),
         dict(regions="random", order="flat"),

@@ -118,7 +118,21 @@ def cv2_otsu(values):
     return min(level for level in exact if exact[level] == exact[threshold])
 
 
-def slow_regions(saliency, N, rule, min_patches, rounds):
+def cut(part, saliency, most):
+    """A region too large, as a list of its connected parts: of its `most` most salient patches, of
+    the next, ..."""
+    patches = np.flatnonzero(part)
+    patches = patches[np.argsort(-saliency.ravel()[patches], kind="stable")]
+    parts = []
+    for start in range(0, len(patches), most):
+        layer = np.zeros(part.shape, bool)
+        layer.ravel()[patches[start:start + most]] = True
+        labels, count = ndimage.label(layer, EIGHT)
+        parts += [labels == k for k in range(1, count + 1)]
+    return parts
+
+
+def slow_regions(saliency, N, rule, min_patches, rounds, most=None):
     """One image, written from Sec. 3.2 (and from SPEC's words for the refill) with OpenCV and
     SciPy."""
     values, left, found = np.uint8(255 * saliency), np.ones(saliency.shape, bool), []
@@ -127,7 +141,11 @@ def slow_regions(saliency, N, rule, min_patches, rounds):
             break
         above = left & (values > cv2_otsu(values[left]))
         labels, count = ndimage.label(above, EIGHT)
-        parts = [labels == k for k in range(1, count + 1) if (labels == k).sum() >= min_patches]
+        parts = [labels == k for k in range(1, count + 1)]
+        if most:
+            parts = [piece for part in parts for piece in cut(part, saliency, most)]
+            parts.sort(key=lambda part: part.argmax())                  # raster order
+        parts = [part for part in parts if part.sum() >= min_patches]
         found += sorted(parts, key=lambda part: -saliency[part].astype(np.float64).mean())
         left &= ~above
     rank = np.full(saliency.shape, N)
@@ -313,6 +331,42 @@ def test_rank_maps_equal_the_slow_reading(rule, grid, N, min_patches):
         )
 
 
+@pytest.mark.parametrize("grid, most, min_patches", [((14, 14), 39, 10), ((7, 9), 5, 1),
+                                                     ((8, 8), 1, 1), ((5, 12), 60, 4)])
+@pytest.mark.parametrize("rule", RULES)
+def test_regions_too_large_are_cut_as_the_slow_reading_cuts_them(rule, grid, most, min_patches):
+    kinds = ("blurred", "spiky", "levels5")
+    maps = [noise_maps(kind, 20, grid, seed=7) for kind in kinds]
+    maps = torch.cat([*maps, structured_maps(*grid)])
+    rank = discriminative_regions(maps, 5, rule, min_patches, most)
+    for b in range(len(maps)):
+        expected = slow_regions(maps[b].numpy(), 5, rule, min_patches, regions.ROUNDS, most)
+        np.testing.assert_array_equal(rank[b], expected)
+
+
+def test_a_region_too_large_is_cut_to_its_most_salient_patches_by_hand():
+    saliency = torch.zeros(8, 8)
+    saliency[1:7, 1:7] = 0.8                                # 36 patches
+    saliency[2:5, 2:5] = 1.0                                # of which these 9 are best
+    rank = discriminative_regions(saliency[None], 3, "otsu", 4, 9)[0]
+    assert (rank == 1).nonzero().tolist() == (saliency == 1).nonzero().tolist()
+    assert (rank == 2).nonzero().tolist() == (saliency == 0.8).nonzero()[:9].tolist()
+    assert (discriminative_regions(saliency[None], 3, "otsu", 4)[0] == 1).sum() == 36
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_region_exceeds_its_bound_and_each_is_connected(rule):
+    maps = noise_maps("blurred", 150, (14, 14), seed=4)
+    rank = discriminative_regions(maps, 5, rule, 10, 39)
+    for k in range(1, 5):
+        size = (rank == k).flatten(1).sum(1)
+        assert ((size == 0) | (size >= 10) & (size <= 39)).all()
+        assert all(ndimage.label((r == k).numpy(), EIGHT)[1] <= 1 for r in rank)
+    steps = [len(image.unique()) for image in rank]
+    unbounded = [len(image.unique()) for image in discriminative_regions(maps, 5, rule)]
+    assert sum(steps) > sum(unbounded)
+
+
 @pytest.mark.parametrize("grid, min_patches", [((14, 14), 10), ((8, 8), 4)])
 def test_rank_maps_equal_the_slow_reading_on_many_blurred_maps(grid, min_patches):
     """Here the slow one refills without end: the fixed number of rounds is enough."""
@@ -374,7 +428,7 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch():
     maps = noise_maps("blurred", 20, (14, 14), seed=6)
     level, group = (255 * maps).long().flatten(1), (4 * maps).long()
     everything = lambda m, label, g: (
-        [discriminative_regions(m, 5, rule) for rule in RULES]
+        [discriminative_regions(m, 5, rule, 10, most) for rule in RULES for most in (None, 30)]
         + [otsu(label, 3), components(g), min_max(m.flatten(1))]
     )
     together = everything(maps, level, group)
@@ -611,6 +665,12 @@ def test_spatial_order_by_hand():
     assert torch.equal(reorder(same_centre, 3, "spatial"), same_centre)
 
 
+def test_inverse_order_by_hand():
+    assert torch.equal(reorder(RANK, 5, "inverse"), renamed(RANK, [4, 3, 2, 1, 5]))
+    few = renamed(RANK, [1, 2, 5, 4, 5])                    # R_1, R_2, R_4 and the rest
+    assert torch.equal(reorder(few, 5, "inverse"), renamed(RANK, [3, 2, 5, 1, 5]))
+
+
 def test_random_order_permutes_the_present_regions_evenly():
     rank = renamed(RANK, [1, 2, 3, 5, 5]).repeat(6000, 1, 1)
     rank[::2] = renamed(rank[::2], [2, 4, 3, 5, 5])       # the same regions under names with a gap
@@ -632,6 +692,7 @@ def run_everything(device):
         cls_similarity(torch.randn(6, 32, device=device), torch.randn(6, 70, 32, device=device))
     ).view(6, 7, 10)
     ranks = [discriminative_regions(saliency, 5, rule, 3) for rule in RULES] + [
+        discriminative_regions(saliency, 5, "otsu-refill", 3, 14),
         random_regions(6, (7, 10), 5, 3, device)
     ]
     orders = [reorder(rank, 5, order) for rank in ranks for order in regions.ORDERS]
