@@ -179,6 +179,9 @@ class Config:
                              low=0, above=True, high=1, of=DSEQ)
     proxy: str = flag("cls", "source of saliency: cls, similarity to [CLS]; grad-cam (Eq. 8)",
                       choices=("cls", "grad-cam"), of=DSEQ)
+    polarity: str = flag("paper", "sign of saliency; paper: as it comes; border: the one by which "
+                                  "the border is less salient (ours)",
+                         choices=("paper", "border"), of=DSEQ)
     saliency_block: int = flag(0, "l, the block whose tokens give the saliency, from 1 up; "
                                   "0 = 10 of 12, scaled to the encoder's depth", of=VIT)
     cls: bool = flag(True, "a [CLS] token (Table 6)", of=VIT)
@@ -386,6 +389,9 @@ def check_regions(c):
     if "dseq" in c.method and not c.cls and c.proxy == "cls" and c.regions != "random":
         raise BadInput("--no-cls: regions come from [CLS]; "
                        "add --proxy grad-cam or --regions random")
+    if c.polarity == "border" and (c.proxy == "grad-cam" or c.regions == "random"):
+        raise BadInput("--polarity border: is for saliency from [CLS]; leave it out with "
+                       "--proxy grad-cam and --regions random")
     P = (c.image_size // c.patch_size) ** 2
     width, depth = PREDICTORS[c.encoder]
     c = dataclasses.replace(c, predictor_width=c.predictor_width or width,

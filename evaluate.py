@@ -112,7 +112,7 @@ PROTOCOLS = {
         any_images=True,
         measure=probes_regions.measure_images,
         online=probes_regions.online_regions,
-        online_columns=("knn_patches", "knn_cls"),
+        online_columns=("knn_patches", "knn_cls", "object_auc", "object_r1"),
         draw=figures_of_regions.draw_all),
 }
 

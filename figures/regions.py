@@ -28,7 +28,8 @@ from plumbing.command import refuse_unwritable
 from plumbing.device import seed_all
 from plumbing.errors import BadInput, printable
 from plumbing.runs import load_checkpoint, restore
-from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
+from probes_regions import object_auc, of_patches
+from regions import LEVELS, discriminative_regions, multi_block, otsu
 
 STEP_IMAGES = 10_000            # as Fig. 4
 REST = "#BBBBBB"                # colour of R_N
@@ -53,7 +54,9 @@ def draw_regions(model, views, config, path, count=6):
     N = config.region_count
     images = views.clean(spread(views, count))
     tokens, _ = model.target_encoder(images, keep=(model.block,))
-    saliency = min_max(cls_similarity(tokens[:, 0], tokens[:, 1:])).cpu().unflatten(1, grid)
+    saliency = model.cls_saliency(tokens).cpu()
+    scores, outlines = _object(views, saliency, grid, count)
+    saliency = saliency.unflatten(1, grid)
     sizes = (config.min_patches, config.max_patches)
     once = discriminative_regions(saliency, N, "otsu", *sizes)
     refilled = discriminative_regions(saliency, N, "otsu-refill", *sizes)
@@ -69,6 +72,12 @@ def draw_regions(model, views, config, path, count=6):
     for i in range(count):
         axes[i, 0].imshow(photos[i])
         axes[i, 1].imshow(saliency[i].numpy(), cmap="magma")
+        axes[i, 1].set_xlabel(scores[i], fontsize=8)
+        if outlines is not None:
+            side = photos.shape[1] / grid[0]
+            places = (torch.arange(photos.shape[1]) + 0.5) / side - 0.5      # pixels, in patches
+            axes[i, 1].contour(places, places, outlines[i].numpy(), levels=[0.5], colors="white",
+                               linewidths=0.8)
         axes[i, 2].imshow(foreground[i].numpy(), cmap="gray", vmin=0, vmax=1)
         _overlay(axes[i, 3], photos[i], once[i], region_style)
         _overlay(axes[i, 4], photos[i], refilled[i], region_style)
@@ -81,6 +90,16 @@ def draw_regions(model, views, config, path, count=6):
     figure.suptitle("Discriminative regions in order, 1 first (as Figs. 3 and 6): "
                     f"{config.method}, {config.encoder}, N = {N}", fontsize=11)
     return save(figure, path)
+
+
+def _object(views, saliency, grid, count):
+    """Where the data set knows the object: words on how saliency (n, P) finds it, and masks (n, S,
+    S); elsewhere empty words and None."""
+    if views.masks is None:
+        return [""] * count, None
+    masks = views.masks(spread(views, count)).cpu()
+    aucs = object_auc(saliency, of_patches(masks, grid)).tolist()
+    return [f"AUC of the object {auc:.2f}" for auc in aucs], masks
 
 
 def _above_otsu(saliency):

@@ -29,6 +29,7 @@ from regions import (
     otsu,
     random_regions,
     reorder,
+    where_salient,
 )
 
 GRIDS = [(14, 14), (8, 8), (7, 9), (5, 12), (1, 11), (16, 3)]
@@ -180,6 +181,15 @@ def test_grad_cam_by_hand():
     # channel weights 1 and -1
     gradients = torch.tensor([[[3.0, 0.0], [0.0, -3.0], [0.0, 0.0]]])
     assert grad_cam(tokens, gradients).tolist() == [[0.0, 4.0, 0.0]]
+
+
+def test_where_salient_of_saliency_that_is_alike_everywhere():
+    for grid, centre, ring in [((14, 14), 36 / 196, 52 / 196), ((8, 8), 1 / 4, 28 / 64),
+                               ((4, 6), 2 * 2 / 24, 16 / 24)]:
+        found = where_salient(torch.full((3, grid[0] * grid[1]), 0.3), grid)
+        assert found["saliency_centre"].item() == pytest.approx(centre)
+        assert found["saliency_ring"].item() == pytest.approx(ring)
+    assert where_salient(torch.zeros(2, 64), (8, 8))["saliency_ring"] == 0
 
 
 # ---- Otsu
