@@ -184,7 +184,8 @@ class Config:
                          choices=("paper", "border"), of=DSEQ)
     saliency_block: int = flag(0, "l, the block whose tokens give the saliency, from 1 up; "
                                   "0 = 10 of 12, scaled to the encoder's depth", of=VIT)
-    cls: bool = flag(True, "a [CLS] token (Table 6)", of=VIT)
+    cls: bool = flag(None, "a [CLS] token (Table 6); None: of dseq-jepa and dseq-c-jepa, whose "
+                           "saliency comes from it", of=VIT)
     predictor_width: int = flag(0, "width of the region predictor; 0 = as I-JEPA for this encoder",
                                 low=0, high=8192, of=VIT)
     predictor_depth: int = flag(0, "its blocks; 0 = as I-JEPA for this encoder",
@@ -233,7 +234,7 @@ class Config:
     @property
     def max_patches(self):
         """The most patches that a region may have, in mode regions; None: any number."""
-        if self.max_region == 1:
+        if not 0 < self.max_region < 1:             # what makes no sense is refused elsewhere
             return None
         return int(self.max_region * (self.image_size // self.patch_size) ** 2)
 
@@ -382,6 +383,8 @@ def check_views(c):
 def check_regions(c):
     """The settings of mode `regions`: refuses impossible ones, fills in the predictor's size."""
     check_grid(c)
+    if c.cls is None:
+        c = dataclasses.replace(c, cls="dseq" in c.method)
     depth = VITS[c.encoder][1]
     if not 0 <= c.saliency_block <= depth:
         raise BadInput(f"--saliency-block {c.saliency_block}: {c.encoder} has blocks 1 to {depth}; "

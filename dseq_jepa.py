@@ -185,8 +185,8 @@ class RegionJEPA(nn.Module):
     """DSeq-JEPA, I-JEPA, C-JEPA or DSeq-C-JEPA. Parts are injected.
 
     plan: Discriminative or MultiBlock.  vicreg: weight of C-JEPA's terms.
-    block: l, the target encoder's block that saliency is read from, from 1 up: block 10 is number 9
-        where blocks count from 0, as in the authors' code, whose settings say depth 10."""
+    block: l, the target encoder's block that saliency is read from, from 1 up. The authors' code
+        counts blocks from 0, and its settings say depth 10: there that is our block 11."""
 
     def __init__(self, encoder, predictor, plan, block, vicreg=0.0):
         super().__init__()
