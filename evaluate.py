@@ -357,7 +357,7 @@ def choose_probes(options, config):
             raise BadInput(f"--probe {name}: does not apply to mode {config.mode}; "
                            f"choose from {', '.join(offered)}")
     if "cls" in options.probe and not config.cls:
-        raise BadInput("--probe cls: the run was trained with --no-cls; leave it out")
+        raise BadInput("--probe cls: the run was trained without [CLS]; leave it out")
     if not rules.any_images:
         transfer = "transfer" in names
         if transfer != bool(options.dataset) or transfer and len(names) > 1:
