@@ -66,7 +66,8 @@ def build_region_jepa(config, groups):
                                 depth=config.predictor_depth, grid=encoder.grid)
     if "dseq" in config.method:
         plan = Discriminative(N=config.region_count, source=config.regions, order=config.order,
-                              proxy=config.proxy, min_patches=config.min_patches)
+                              proxy=config.proxy, min_patches=config.min_patches,
+                              max_patches=config.max_patches, polarity=config.polarity)
     else:
         plan = MultiBlock()
     block = config.saliency_block or round(encoder.depth * 10 / 12)     # Sec. 3.2: 10 of 12

@@ -74,7 +74,8 @@ PRESETS = {
 }
 # Mode `regions` in general.  0.A.1.2; what is lost there is I-JEPA's
 REGIONS = dict(epochs=600, batch_size=2048, lr=1e-3, lr_start=2e-4, lr_end=1e-6, warmup_epochs=15,
-               weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_shape="linear")
+               weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_shape="linear",
+               max_region=0.2)
 # --projector of a baseline -> what differs from the defaults of Config.  Sec. 4.2.  With an MLP:
 # Adam, which AdamW is where nothing decays, at a constant rate
 PROJECTORS = {
@@ -181,20 +182,29 @@ class Config:
                                        "noise: random numbers (Table 4)",
                              choices=("linear", "raw", "noise"), of=SEQ_JEPA)
 
-    regions: str = flag("otsu", "otsu: the paper's rule; otsu-refill: threshold what is left again "
-                                "until there are enough; random: blocks (Table 4)",
+    regions: str = flag("otsu-refill", "otsu: one threshold, the paper's words; otsu-refill: "
+                                       "threshold what is left again, until there are enough; "
+                                       "random: blocks (Table 4)",
                         choices=("otsu", "otsu-refill", "random"), of=DSEQ,
                         section="DSeq-JEPA and its relatives (Secs. 3.2, 0.A.1), mode regions")
     region_count: int = flag(5, "N, regions of an image, the rest included (Table 9)")
     order: str = flag("discriminative", "in which regions are predicted (Table 5)",
-                      choices=("discriminative", "random", "spatial", "truncated", "flat"), of=DSEQ)
+                      choices=("discriminative", "random", "spatial", "inverse", "truncated",
+                                "flat"), of=DSEQ)
     min_patches: int = flag(0, "smaller regions are dropped; 0 = 10 of 14 x 14 patches or more, "
                                "in proportion on smaller grids")
+    max_region: float = flag(1.0, "a region's largest share of the image: larger ones are cut, "
+                                  "most salient patches first; 1 = no bound",
+                             low=0, above=True, high=1, of=DSEQ)
     proxy: str = flag("cls", "source of saliency: cls, similarity to [CLS]; grad-cam (Eq. 8)",
                       choices=("cls", "grad-cam"), of=DSEQ)
+    polarity: str = flag("paper", "sign of saliency; paper: as it comes; border: the one by which "
+                                  "the border is less salient (ours)",
+                         choices=("paper", "border"), of=DSEQ)
     saliency_block: int = flag(0, "l, the block whose tokens give the saliency, from 1 up; "
                                   "0 = 10 of 12, scaled to the encoder's depth", of=VIT)
-    cls: bool = flag(True, "a [CLS] token (Table 6)", of=VIT)
+    cls: bool = flag(None, "a [CLS] token (Table 6); None: of dseq-jepa and dseq-c-jepa, whose "
+                           "saliency comes from it", of=VIT)
     predictor_width: int = flag(0, "width of the region predictor; 0 = as I-JEPA for this encoder",
                                 low=0, high=8192, of=VIT)
     predictor_depth: int = flag(0, "its blocks; 0 = as I-JEPA for this encoder",
@@ -239,6 +249,13 @@ class Config:
     def view_size(self):
         """Side of what the encoder sees, pixels."""
         return self.patch_size if self.mode == "saccade" else self.image_size
+
+    @property
+    def max_patches(self):
+        """The most patches that a region may have, in mode regions; None: any number."""
+        if not 0 < self.max_region < 1:             # what makes no sense is refused elsewhere
+            return None
+        return int(self.max_region * (self.image_size // self.patch_size) ** 2)
 
     @property
     def views_per_sample(self):
@@ -313,6 +330,9 @@ def from_command_line(argv=None):
     typed = vars(parser.parse_args(argv))
     config = check(Config(**values | typed))
     flags.refuse_ignored(typed, config, readers)
+    if config.regions == "otsu" and typed.keys() & {"region_count", "order"}:
+        print("note: with --regions otsu most images have one region and the rest, so that "
+              "--region-count and --order hardly matter; otsu-refill finds more")
     return config
 
 
@@ -413,6 +433,8 @@ def check_views(c):
 def check_regions(c):
     """The settings of mode `regions`: refuses impossible ones, fills in the predictor's size."""
     check_grid(c)
+    if c.cls is None:
+        c = dataclasses.replace(c, cls="dseq" in c.method)
     depth = VITS[c.encoder][1]
     if not 0 <= c.saliency_block <= depth:
         raise BadInput(f"--saliency-block {c.saliency_block}: {c.encoder} has blocks 1 to {depth}; "
@@ -420,6 +442,9 @@ def check_regions(c):
     if "dseq" in c.method and not c.cls and c.proxy == "cls" and c.regions != "random":
         raise BadInput("--no-cls: regions come from [CLS]; "
                        "add --proxy grad-cam or --regions random")
+    if c.polarity == "border" and (c.proxy == "grad-cam" or c.regions == "random"):
+        raise BadInput("--polarity border: is for saliency from [CLS]; leave it out with "
+                       "--proxy grad-cam and --regions random")
     P = (c.image_size // c.patch_size) ** 2
     width, depth = PREDICTORS[c.encoder]
     c = dataclasses.replace(c, predictor_width=c.predictor_width or width,
@@ -428,6 +453,9 @@ def check_regions(c):
     if c.predictor_width % 32 or min(c.predictor_width, c.predictor_depth) < 1:
         raise BadInput(f"--predictor-width {c.predictor_width}: expected a multiple of 32, "
                        "and --predictor-depth at least 1")
+    if c.max_patches is not None and c.max_patches < c.min_patches:
+        raise BadInput(f"--max-region {c.max_region:g}: of {P} patches that is {c.max_patches}, "
+                       f"and --min-patches is {c.min_patches}; raise the one or lower the other")
     return c
 
 

@@ -41,7 +41,8 @@ def load(config, split):
         print(f"note: {printable(root)} has a single class: to tell classes apart means nothing")
     classes = [printable(name) for name in found.classes]
     mean, std = STATISTICS[config.dataset]
-    return Split(found.parts, found.labels, classes, mean, std, found.source, found.latents)
+    return Split(found.parts, found.labels, classes, mean, std, found.source, found.latents,
+                 found.masks)
 
 
 def part_names(config, split):
@@ -264,10 +265,14 @@ def read_solids(config, split):
     path = cache_path(config, f"{name}-{views}views")
     shape = (count, views, 3, size, size)
     images = cached(path, source, shape, np.uint8, fill, f"rendering {name} solids")
-    labels = solids.sample_objects(count, SPLIT_SEED, name).labels
+    objects = solids.sample_objects(count, SPLIT_SEED, name, config.material)
     latents = solids.sample_latents(count, views, split=name, **latents_of)
-    return Reading([Part(images, name, None, count)], labels.numpy(), list(shapes.CLASSES),
-                   dict(source, shape=images.shape), latents.numpy())
+
+    def masks(index):
+        return solids.object_masks(objects, index // views, latents.flatten(0, 1)[index], size)
+
+    return Reading([Part(images, name, None, count)], objects.labels.numpy(), list(shapes.CLASSES),
+                   dict(source, shape=images.shape), latents.numpy(), masks)
 
 
 # ---------------------------------------------------------------- shared by the readers

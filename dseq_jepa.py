@@ -11,7 +11,8 @@ All steps k of an image come from one pass of the context encoder and one of the
 mask by rank: a token of R_k sees R_1..R_k, a mask token of R_{k+1} sees R_1..R_k and its own
 region's mask tokens. R_N is never context, so its patches do not enter the context encoder. [CLS]
 would carry what comes late to what came early: it has one copy per rank, which sees and is seen as
-that region's tokens are.
+that region's tokens are. That is within the context encoder. The predictor sees patches alone, as
+Eq. 5 has it: [CLS] "is used only as an anchor to compute saliency maps" (Sec. 4.3.3).
 
 A `Plan` says who is context from when on and who is predicted when; the methods, DSeq-JEPA and its
 relatives, differ in their plans only:
@@ -33,8 +34,16 @@ from torch import nn
 
 from attention import arrange, indices_where, sizes
 from jepa import Output
-from plumbing.distributed import gather
-from regions import cls_similarity, discriminative_regions, grad_cam, min_max, reorder
+from plumbing.distributed import average, gather, world_size
+from regions import (
+    away_from_border,
+    cls_similarity,
+    discriminative_regions,
+    grad_cam,
+    min_max,
+    reorder,
+    where_salient,
+)
 
 VICREG_WEIGHT = 0.001       # of C-JEPA's regulariser, and within it of the three terms:
 INVARIANCE = 25
@@ -85,24 +94,33 @@ class Discriminative:
     (the curriculum of Sec. 3.2).
 
     source: "otsu", "otsu-refill", or "random" (Table 4's "uniform": random blocks always).
-    order: Table 5.  proxy: where saliency comes from, "cls" or "grad-cam" (Eq. 8)."""
+    order: Table 5.  proxy: where saliency comes from, "cls" or "grad-cam" (Eq. 8).
+    polarity: "paper", or "border" for `regions.away_from_border`.
+    min_patches, max_patches: bounds of a region's size; see regions.discriminative_regions."""
     region_causal = True        # context never sees mask tokens, nor one region's those of another
 
-    def __init__(self, *, N, source, order, proxy, min_patches):
+    def __init__(self, *, N, source, order, proxy, min_patches, max_patches=None,
+                 polarity="paper"):
         self.N = N
         self.steps = N - 1                                          # if all regions are there
         self.source = source
         self.order = order
         self.proxy = "none" if source == "random" else proxy        # nobody would look at it
         self.min_patches = min_patches
+        self.max_patches = max_patches
+        self.polarity = polarity
+
+    def regions(self, saliency, grid):
+        """Salient regions: saliency (B, P)  ->  rank (B, P)."""
+        rank = discriminative_regions(saliency.unflatten(1, grid), self.N, self.source,
+                                      self.min_patches, self.max_patches)
+        return rank.flatten(1)
 
     def __call__(self, batch, saliency, grid):
         rank = batch.actions[:, 0]                                  # (B, P): random blocks
         if self.source != "random":
-            saliency = saliency.unflatten(1, grid)
-            salient = discriminative_regions(saliency, self.N, self.source, self.min_patches)
             coin = batch.params                                     # (B, 1), uniform in [0, 1)
-            rank = torch.where(coin < batch.progress, salient.flatten(1), rank)
+            rank = torch.where(coin < batch.progress, self.regions(saliency, grid), rank)
         if self.order == "flat":
             return flat(rank, self.N)
         rank = reorder(rank.unflatten(1, grid), self.N, self.order).flatten(1)
@@ -114,6 +132,7 @@ class MultiBlock:
     region_causal = False       # all tokens of a prediction see each other
     steps = 1                   # of each of the four predictions
     proxy = "none"              # no saliency
+    polarity = "paper"
 
     def __call__(self, batch, saliency, grid):
         return Plan(context=batch.actions[:, 0], target=batch.actions[:, 1:])
@@ -137,22 +156,23 @@ def encoder_places(context, copies):
     return torch.cat([torch.where(present, steps, 0), context], dim=1)
 
 
-def predictor_places(seen, target, region_causal):
-    """A prediction's row in the predictor: the image's row as above, then P places of mask tokens.
+def predictor_places(context, copies, target, region_causal):
+    """A prediction's row in the predictor: the image's row as above, where no [CLS] is, then P
+    places of mask tokens.
 
-    seen (B, C + P) from `encoder_places`, target (B, V, P) of a Plan  ->  rank and group as
-    attention.arrange wants them, (B * V, C + P + P) int64 each. The same example:
+    context (B, P) and target (B, V, P) of a Plan  ->  rank and group as attention.arrange wants
+    them, (B * V, C + P + P) int64 each. The same example:
 
         place     0 1 | 2 3 4 5 6 7 | 8 9 10 11 12 13
                  [CLS]| patches     | mask tokens
-        rank      1 2 | 1 1 2 0 0 0 | 0 0  1  2  2  2
+        rank      0 0 | 1 1 2 0 0 0 | 0 0  1  2  2  2
         group     0 0 | 0 0 0 0 0 0 | 0 0  1  2  2  2
 
-    The mask token at place 10 (step 1) sees places 0, 2, 3 and itself; those at places 11 to 13
-    (step 2) see places 0 to 4 and each other. If not region_causal, mask tokens are of group 0 as
+    The mask token at place 10 (step 1) sees places 2, 3 and itself; those at places 11 to 13
+    (step 2) see places 2 to 4 and each other. If not region_causal, mask tokens are of group 0 as
     context is, and seen like it: I-JEPA, whose ranks are all 1, then has full attention."""
     V = target.shape[1]
-    seen = seen.repeat_interleave(V, dim=0)
+    seen = F.pad(context, (copies, 0)).repeat_interleave(V, dim=0)
     target = target.flatten(0, 1)
     rank = torch.cat([seen, target], dim=1)
     group = torch.zeros_like(rank)
@@ -165,7 +185,8 @@ class RegionJEPA(nn.Module):
     """DSeq-JEPA, I-JEPA, C-JEPA or DSeq-C-JEPA. Parts are injected.
 
     plan: Discriminative or MultiBlock.  vicreg: weight of C-JEPA's terms.
-    block: l, the target encoder's block that saliency is read from, from 1 up."""
+    block: l, the target encoder's block that saliency is read from, from 1 up. The authors' code
+        counts blocks from 0, and its settings say depth 10: there that is our block 11."""
 
     def __init__(self, encoder, predictor, plan, block, vicreg=0.0):
         super().__init__()
@@ -196,12 +217,15 @@ class RegionJEPA(nn.Module):
         step_loss, predicted = self.step_losses(z_hat, index, plan, h)
         steps = predicted.sum(1)                                            # that an image has
         image_loss = step_loss.sum(1) / steps.clamp(min=1)                  # Eqs. 6, 7
-        loss = image_loss.mean()
+        loss = image_loss.sum() / images_with_a_step(steps)
         if self.vicreg:
             x, y, counts = self.image_means(z_hat, index, plan, h)
             terms = vicreg_terms(gather(x), gather(y), gather(counts))      # of the global batch
             loss = loss + self.vicreg * terms
-        return Output(loss, tokens, tokens.mean(1), dict(steps=steps.float().mean()))
+        logs = dict(steps=steps.float().mean())
+        if saliency is not None:
+            logs |= where_salient(saliency, self.encoder.grid)
+        return Output(loss, tokens, tokens.mean(1), logs)
 
     def look(self, batch):
         """What the target encoder sees in whole images.
@@ -214,11 +238,17 @@ class RegionJEPA(nn.Module):
         h = F.layer_norm(tokens, tokens.shape[-1:])
         saliency = None
         if self.plan.proxy == "cls":
-            cls, patches = middle[:, 0], middle[:, 1:]
-            saliency = min_max(cls_similarity(cls, patches))
+            saliency = self.cls_saliency(middle)
         if self.plan.proxy == "grad-cam":
             saliency = self.gradient_saliency(batch, h)
         return tokens, h, saliency
+
+    def cls_saliency(self, middle):
+        """Eq. 1 of block l's tokens (B, 1 + P, D), of the sign that the plan asks for: (B, P)."""
+        saliency = min_max(cls_similarity(middle[:, 0], middle[:, 1:]))
+        if self.plan.polarity == "border":
+            saliency = away_from_border(saliency, self.encoder.grid)
+        return saliency
 
     def gradient_saliency(self, batch, h):
         """Eq. 8: Grad-CAM of the prediction loss with random blocks, on its targets h.
@@ -238,7 +268,8 @@ class RegionJEPA(nn.Module):
         -> z_hat (n, D), predictions at all mask tokens; index (n,), which patch of which prediction
         each is: (image * V + v) * P + patch, an index into plan.target (B, V, P), flattened."""
         seen = encoder_places(plan.context, self.copies)                    # (B, C + P)
-        rank, group = predictor_places(seen, plan.target, self.plan.region_causal)
+        rank, group = predictor_places(plan.context, self.copies, plan.target,
+                                       self.plan.region_causal)
         wanted = plan.target.flatten(0, 1) > 0                              # (B * V, P)
         encoder_size, predictor_size, (n, _) = sizes(seen > 0, rank > 0, wanted)
         encoder_layout = arrange(seen, torch.zeros_like(seen), encoder_size)
@@ -287,6 +318,15 @@ class RegionJEPA(nn.Module):
         """theta_target <- tau * theta_target + (1 - tau) * theta, in place."""
         target = list(self.target_encoder.parameters())
         torch._foreach_lerp_(target, list(self.encoder.parameters()), 1 - tau)
+
+
+def images_with_a_step(steps):
+    """How many images of the batch have a step to learn from, at least one; steps (B,) of each.
+
+    Of several processes: the mean of their numbers. DDP averages gradients over processes, which
+    with this divisor gives the mean over all images of the global batch that have a step."""
+    count = (steps > 0).sum().float()
+    return average(dict(count=count))["count"].clamp(min=1 / world_size())
 
 
 def targets(h, index, plan):

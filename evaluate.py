@@ -115,7 +115,7 @@ PROTOCOLS = {
         any_images=True,
         measure=probes_regions.measure_images,
         online=probes_regions.online_regions,
-        online_columns=("knn_patches", "knn_cls"),
+        online_columns=("knn_patches", "knn_cls", "object_auc", "object_r1"),
         draw=figures_of_regions.draw_all),
 }
 
@@ -377,7 +377,7 @@ def choose_probes(options, config):
             raise BadInput(f"--probe {name}: reads z_agg, and method {config.method} gathers no "
                            f"views into one; choose from {', '.join(usable)}")
     if "cls" in options.probe and not config.cls:
-        raise BadInput("--probe cls: the run was trained with --no-cls; leave it out")
+        raise BadInput("--probe cls: the run was trained without [CLS]; leave it out")
     if not rules.any_images:
         transfer = "transfer" in names
         if transfer != bool(options.dataset) or transfer and len(names) > 1:

@@ -15,7 +15,7 @@ Checked in tests/test_images.py.
 """
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -145,6 +145,8 @@ class Split(NamedTuple):
     std: tuple              # likewise
     source: dict            # what the pixels come from, JSON-able: the key of maps made of them
     latents: np.ndarray = None  # (N, V, 7) float32, sets of rendered objects only
+    masks: Callable = None      # indices of single images (n,) -> (n, S, S) float32, the share of a
+                                # pixel that shows the object; None where nobody knows
 
 
 class Store:

@@ -51,7 +51,7 @@ class RegionPredictor(nn.Module):
     def forward(self, context, context_order, places, layout, masks):
         """Packed context (T, D) -> predictions (n, D) of the mask tokens.
 
-        places: (B, C + P), B rows of C copies of [CLS], then P patches.
+        places: (B, C + P), B rows of C copies of [CLS], which no layout takes up, then P patches.
         context_order (T,): where in these rows the context tokens belong.
         layout: of R rows of C + P context places, then P mask places; R is a multiple V of B:
             V predictions per image.

@@ -41,6 +41,7 @@ TUNE_LR = 1e-3                  # for a batch of 512
 TUNE_DECAY = 0.05
 LAYER_DECAY = 0.65              # of the rate, from one layer to the one below
 SMOOTHING = 0.1
+MASKED = 500                    # images whose object is looked for, at most
 
 
 # ---------------------------------------------------------------- features
@@ -277,7 +278,7 @@ def top1(net, views):
 # ---------------------------------------------------------------- while training
 
 def online_regions(model, setup, some):
-    """k-NN top-1 of the mean patch token and of [CLS], NaN without one.
+    """k-NN top-1 of the mean patch token and of [CLS], NaN without one; then what `on_object` says.
 
     some: {split: indices (n,) of samples}."""
     train = extract_images(model, setup.views["train"], setup.device, index=some["train"])
@@ -287,4 +288,48 @@ def online_regions(model, setup, some):
         values.append(knn_accuracy(x[0], train.labels, x_val[0], val.labels))
     knn_patches = values[0]
     knn_cls = values[1] if len(values) > 1 else float("nan")
-    return knn_patches, knn_cls
+    return knn_patches, knn_cls, *on_object(model, setup.views["val"], some["val"][:MASKED])
+
+
+@torch.inference_mode()
+def on_object(model, views, index):
+    """Whether saliency finds the object, where the data set knows its pixels (solids).
+
+    ->  mean over images of object_auc, and of the share of R_1's area that shows the object; NaN
+    where there are no masks, or no saliency. Images are whole, as in figures."""
+    nan = float("nan")
+    if views.masks is None or model.plan.proxy == "none":
+        return nan, nan
+    aucs = []
+    shares = []
+    for some in index.split(64):
+        batch = views(some)._replace(views=views.clean(some)[:, None])
+        _, _, saliency = model.look(batch)
+        grid = model.encoder.grid
+        first = model.plan.regions(saliency, grid) == 1
+        shown = of_patches(views.masks(some).to(saliency.device), grid)
+        aucs.append(object_auc(saliency, shown))
+        has_first = first.any(1)
+        share = (shown * first).sum(1) / first.sum(1).clamp(min=1)
+        shares.append(share[has_first])
+    return torch.cat(aucs).nanmean().item(), torch.cat(shares).mean().item()
+
+
+def of_patches(masks, grid):
+    """Means of masks (n, S, S) over the patches of a grid: (n, P)."""
+    n, S, _ = masks.shape
+    H, W = grid
+    return masks.view(n, H, S // H, W, S // W).mean((2, 4)).flatten(1)
+
+
+def object_auc(saliency, shown):
+    """How well saliency tells pixels of the object from the rest: area under the ROC curve, (n,).
+
+    The chance that of two pixels, one of each kind, that of the object lies in the more salient
+    patch; equal saliency counts half. 0.5: no better than chance, 0: always the other way round.
+    saliency, and which share of a patch shows the object: (n, P). NaN if one kind is missing."""
+    above = (saliency[:, :, None] > saliency[:, None, :]).float()
+    above += 0.5 * (saliency[:, :, None] == saliency[:, None, :]).float()
+    rest = 1 - shown
+    won = torch.einsum("np,npq,nq->n", shown, above, rest)
+    return won / (shown.sum(1) * rest.sum(1))

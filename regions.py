@@ -8,10 +8,11 @@ patch has one rank. An image with fewer than N - 1 discriminative regions lacks 
 it has fewer steps, no other change. Rank 0 means no part in anything, and only order "truncated"
 gives it.
 
-Rule "otsu" is the paper's: one Otsu threshold, its 8-connected components of at least 10 patches,
-best mean saliency first. One threshold rarely yields N - 1 = 4 components, so rule "otsu-refill",
-ours, thresholds what was below the threshold again and again, and appends the components that come
-up.
+Rule "otsu" is the paper's words: one Otsu threshold, its 8-connected components of at least 10
+patches, best mean saliency first. One threshold rarely yields N - 1 = 4 components, so rule
+"otsu-refill", ours and the default, thresholds what was below the threshold again and again, and
+appends the components that come up. Of both, a component that is too large is cut into layers
+(`layers`). Why, and what it costs: `discriminative_regions`.
 
 Beside them, with the same shapes: random blocks for the curriculum, I-JEPA's masks, and the orders
 of Table 5. Last, mode `regions` itself (0.A.1.2): one random resized crop of each image, and the
@@ -33,6 +34,8 @@ components SciPy's. Differs from the authors' code, which drops regions under 30
 an image whose regions run out without them. I-JEPA's code never places a block on the last row or
 column; here every place that fits is as likely. Checked in tests/test_regions.py.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -40,7 +43,7 @@ from augmentations import Recipe, resized_crop_flip, sample
 from images import Batch, Views
 
 RULES = ("otsu", "otsu-refill")
-ORDERS = ("discriminative", "random", "spatial", "truncated")
+ORDERS = ("discriminative", "random", "spatial", "inverse", "truncated")
 LEVELS = 256                    # OpenCV's Otsu sees uint8(255 x)
 ROUNDS = 8                      # thresholds of "otsu-refill"; a fixed number keeps shapes fixed
 TOP = 3                         # regions that order "truncated" keeps
@@ -79,80 +82,177 @@ def min_max(similarity):
     return (similarity - low) / torch.where(span > 0, span, 1)
 
 
+def _ring(grid, device):
+    """The outermost patches: (P,) bool."""
+    H, W = grid
+    rows = torch.arange(H, device=device)[:, None]
+    columns = torch.arange(W, device=device)
+    inside = (rows > 0) & (rows < H - 1) & (columns > 0) & (columns < W - 1)
+    return ~inside.flatten()
+
+
+def _centre_half(grid, device):
+    """The patches in the middle half of the rows and of the columns: (P,) bool."""
+    H, W = grid
+    rows = torch.arange(H, device=device)[:, None] + 0.5
+    columns = torch.arange(W, device=device) + 0.5
+    return ((2 * rows - H).abs() < H / 2).logical_and((2 * columns - W).abs() < W / 2).flatten()
+
+
+def where_salient(saliency, grid):
+    """What share of an image's saliency lies in its centre and in its border ring, on average.
+
+    saliency (B, P) >= 0  ->  {column of metrics.csv: scalar}. Saliency that is alike everywhere
+    gives the shares that these have of the image: of 14 x 14 patches 0.18 and 0.27, of 8 x 8 0.25
+    and 0.44. Nothing tells the first principal direction of the patches from its opposite, so
+    saliency may leave the object for what surrounds it (docs/experiments.md): this shows it."""
+    share = saliency / saliency.sum(1, keepdim=True).clamp(min=1e-12)
+    inside = dict(saliency_centre=_centre_half(grid, saliency.device),
+                  saliency_ring=_ring(grid, saliency.device))
+    return {name: (share * where).sum(1).mean() for name, where in inside.items()}
+
+
+def away_from_border(saliency, grid):
+    """Rule of ours for the sign of saliency (B, P) in [0, 1]: upside down where the border ring is
+    more salient, on average, than what is inside it. For photographs, whose makers put what matters
+    in the middle.  ->  (B, P)"""
+    ring = _ring(grid, saliency.device).to(saliency.dtype)
+    of_ring = (saliency * ring).sum(1) / ring.sum()
+    of_inside = (saliency * (1 - ring)).sum(1) / (1 - ring).sum()           # grids: 4 x 4 and more
+    return torch.where((of_ring > of_inside)[:, None], 1 - saliency, saliency)
+
+
 # ---- Discriminative regions: Eqs. 2-4.
 
-def otsu(level, candidate):
-    """Otsu's threshold (Eq. 2) over the candidates only.  ->  (B,) int64
+def otsu(level, rounds=1):
+    """Otsu's threshold (Eq. 2), again and again.  level (B, P) int64 in 0..255  ->  (B, rounds)
 
-    level (B, P) int64 in 0..255, candidate (B, P) bool. Foreground is level > threshold, as in
-    OpenCV. Candidates all alike, or none: 0.
+    The first is over all patches, each later one over those that are not above the one before it.
+    Foreground is level > threshold, as in OpenCV. Patches all alike: 0.
 
     With n patches of level sum S, and n1 and S1 up to a level, the variance between classes is
     (n S1 - n1 S)^2 / (n1 n2), times a constant. Its parts are integers below 2^53 for n up to
     1,200, so equal variances compare equal, and of these the lowest level wins. (torch.argmax
-    promises that too, but not on every device.)"""
+    promises that too, but not on every device.) One histogram serves all rounds: what is left are
+    the patches up to some level."""
     bins = torch.arange(LEVELS, device=level.device)
     histogram = torch.zeros(len(level), LEVELS, dtype=torch.int64, device=level.device)
-    histogram.scatter_add_(1, level, candidate.long())
+    histogram.scatter_add_(1, level, torch.ones_like(level))
     n1 = histogram.cumsum(1)
     S1 = (histogram * bins).cumsum(1)
-    n = n1[:, -1:]
-    S = S1[:, -1:]
-    between = (n * S1 - n1 * S).to(_wide(level.device)).square()
-    variance = between / (n1 * (n - n1)).clamp(min=1)
-    is_best = variance == variance.amax(1, keepdim=True)
-    return torch.where(is_best, bins, LEVELS).amin(1)
+    highest = torch.full_like(level[:, :1], LEVELS - 1)                     # level that is left
+    thresholds = []
+    for _ in range(rounds):
+        n = n1.gather(1, highest)
+        S = S1.gather(1, highest)
+        between = (n * S1 - n1 * S).to(_wide(level.device)).square()
+        variance = between / (n1 * (n - n1)).clamp(min=1)
+        variance = torch.where(bins <= highest, variance, -1)
+        is_best = variance == variance.amax(1, keepdim=True)
+        highest = torch.where(is_best, bins, LEVELS).amin(1, keepdim=True)
+        thresholds.append(highest)
+    return torch.cat(thresholds, dim=1)
 
 
-def _neighbours(values, outside):
-    """The 8 neighbours of every patch, `outside` beyond the border: (B, H, W)  ->  (B, 8, H, W)"""
+def _neighbours(values):
+    """The 8 neighbours of every patch, 0 beyond the border: (B, H, W)  ->  (B, 8, P)"""
     H, W = values.shape[1:]
-    padded = F.pad(values, (1, 1, 1, 1), value=outside)
+    padded = F.pad(values, (1, 1, 1, 1))
     shifts = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)]       # (1, 1): itself
-    return torch.stack([padded[:, r:r + H, c:c + W] for r, c in shifts], dim=1)
+    return torch.stack([padded[:, r:r + H, c:c + W] for r, c in shifts], dim=1).flatten(2)
 
 
 def components(group):
-    """8-connected components, numbered 1, 2, ... in raster order of their first patch.
+    """8-connected components: of each patch, the number of its component's first patch.
 
     group (B, H, W): a bool mask, or integers of which only equal ones connect and 0 is background
-    ->  (B, H, W) int64, 0 = background
+    ->  (B, P) int64, patches numbered 0..P-1 in raster order; P = background
 
-    Boruvka's algorithm. Each patch starts as a tree, named by its number. In a round every tree
-    hooks onto the one of smallest name among those of its group that it touches. Choosing the
-    smallest allows no cycle but two trees choosing one another; of these the smaller becomes the
-    root. A tree that is not yet its whole component thereby at least doubles in size, so
-    floor(log2 P) rounds join everything. Round s starts with at most P / 2^s unfinished trees, so
-    no chain of hooks is longer and P.bit_length() - s doublings flatten it. (Repeated 3x3 dilation
-    is simpler, but a spiral takes it P / 2 passes.)"""
+    Boruvka's algorithm. A tree is a set of connected patches, named by its first. In a round every
+    tree hooks onto the one of smallest name among those of its group that it touches. Choosing the
+    smallest allows no cycle but two trees choosing one another; of these the smaller, which is the
+    smallest of all that hang on them, becomes the root. Within a block of 2 x 2 patches those of a
+    group all touch, so at the start a component has at most as many trees as there are blocks. In
+    a round every tree that is not yet its whole component joins another: their number halves, at
+    least. So the number of rounds, and in each the length of the longest chain of hooks, are known
+    beforehand, and nothing waits for the device. (Repeated 3x3 dilation is simpler, but a spiral
+    takes it P / 2 passes.)
+
+    The work is in comparing 8 neighbours. There, small integers are fastest, and a name counts from
+    the last patch up, so that 0 is nobody."""
     B, H, W = group.shape
     P = H * W
-    group = group.long()
-    foreground = group != 0
-    joined = (_neighbours(group, 0) == group[:, None]) & foreground[:, None]
-    joined = joined.flatten(2)                                              # (B, 8, P)
-    own = torch.arange(P, device=group.device).expand(B, P)
-    tree = own                              # the name of each patch's tree
-    for doublings in range(P.bit_length(), 1, -1):
-        across = _neighbours(tree.view(B, H, W), P).flatten(2)
-        nearest = torch.where(joined & (across != tree[:, None]), across, P)
-        for half in (4, 2, 1):              # the smallest of 8: amin over int64 is slow on CPU
-            nearest = torch.minimum(nearest[:, :half], nearest[:, half:])
-        chosen = torch.full_like(tree, P).scatter_reduce(1, tree, nearest[:, 0], "amin")
-        parent = torch.where(chosen < P, chosen, own)
-        mutual = parent.gather(1, parent) == own
-        parent = torch.where(mutual & (own < parent), own, parent)
-        for _ in range(doublings):
+    group = group.int()
+    patch = torch.arange(P, device=group.device).expand(B, P)
+    joined = (_neighbours(group) == group.flatten(1)[:, None]) & (group != 0).flatten(1)[:, None]
+    joined = joined.short()                                                 # (B, 8, P), 1 or 0
+    tree = _first_in_block(joined, H, W)
+    trees = math.ceil(H / 2) * math.ceil(W / 2)
+    while trees > 1:
+        name = (P - tree).short()
+        across = _neighbours(name.view(B, H, W))
+        others = across * joined * (across != name[:, None]).short()
+        smallest = P - others.amax(1).long()                                # P: touches no other
+        chosen = torch.full_like(tree, P).scatter_reduce(1, tree, smallest, "amin")
+        parent = torch.where(chosen < P, chosen, patch)
+        mutual = parent.gather(1, parent) == patch
+        parent = torch.where(mutual, torch.minimum(parent, patch), parent)
+        for _ in range((trees - 2).bit_length()):       # a chain has at most trees - 1 hooks
             parent = parent.gather(1, parent)
         tree = parent.gather(1, tree)
-    first = torch.full_like(tree, P).scatter_reduce(1, tree, own, "amin").gather(1, tree)
-    foreground = foreground.flatten(1)
-    number = ((first == own) & foreground).cumsum(1).gather(1, first)
-    return torch.where(foreground, number, 0).view(B, H, W)
+        trees //= 2
+    return torch.where(group.flatten(1) != 0, tree, P)
 
 
-def discriminative_regions(saliency, N, rule, min_patches=10):
+def _first_in_block(joined, H, W):
+    """Of each patch, the first patch of its group in its block of 2 x 2.
+
+    joined (B, 8, P), 1 or 0: which neighbours are of its group  ->  (B, P) int64"""
+    P = H * W
+    name = (P - torch.arange(P, device=joined.device)).short()
+    rows = torch.arange(H, device=joined.device)[:, None] // 2
+    columns = torch.arange(W, device=joined.device) // 2
+    block = 1 + rows * W + columns                                          # its number
+    in_block = (_neighbours(block[None]) == block.flatten()).short()        # (1, 8, P)
+    first = (_neighbours(name.view(1, H, W)) * in_block * joined).amax(1)
+    return P - torch.maximum(first, name).long()
+
+
+def layers(saliency, region, most):
+    """Which layer of its region a patch is in, if the most salient `most` patches are layer 0, the
+    next `most` layer 1, and so on.  saliency >= 0, region: (B, P)  ->  (B, P) int64
+
+    Equally salient patches keep raster order."""
+    P = region.shape[1]
+    bits = saliency.contiguous().view(torch.int32)      # those of floats >= 0 sort as the floats do
+    order = ((region << 32) - bits).argsort(dim=1, stable=True)             # region by region
+    sorted_region = region.gather(1, order)
+    place = torch.arange(P, device=region.device)
+    begins = torch.ones_like(sorted_region, dtype=torch.bool)               # a region
+    begins[:, 1:] = sorted_region[:, 1:] != sorted_region[:, :-1]
+    start = torch.where(begins, place, 0).cummax(1).values
+    return torch.zeros_like(region).scatter(1, order, (place - start) // most)
+
+
+def discriminative_regions(saliency, N, rule, min_patches=10, max_patches=None):
     """Eqs. 2-4.  saliency (B, H, W) in [0, 1], rule one of RULES  ->  rank (B, H, W) int64 in 1..N
+
+    Defaults of mode `regions`: "otsu-refill", and max_patches a fifth of the image. The paper says
+    that sizes are bounded ("sampled with scales between ... and ...", 0.A.1.2; the numbers are lost
+    from our copy, and 0.15 to 0.2 is the only range in the authors' settings), and it presupposes
+    chains of N regions: later steps are "clearly harder", and truncating them costs half a point
+    (Sec. 4.3.2). Before training, on 256 images of Tiny ImageNet (ViT-S/8) and 64 photos at 224 px
+    (ViT-B/16); the last column, FLOPs beside I-JEPA's over a whole curriculum, is 1.16 in Table 8:
+
+                             steps of 4   images with all 4   R_1, % of image   beside I-JEPA
+        otsu                 1.1    1.5        0     0 %          47    42        1.16   1.04
+        otsu-refill          3.6    3.2       68    45 %          47    42        1.41   1.16
+        otsu-refill, cut     4.0    3.8      100    89 %          17    12        1.20   1.00
+
+    max_patches: none of R_1..R_{N-1} is larger (None: no bound). Of a component that is, the
+    max_patches most salient patches are one layer, the next as many another, and so on; connected
+    parts of a layer are regions of their own, if they have min_patches. So a large component is cut
+    to its most salient patches, and what is cut away comes later instead of being lost.
 
     Regions that score alike keep raster order. NaN counts as 0: the training loop is the place to
     report it. A patch of level 0 is above no threshold, so after min_max the rest is never empty.
@@ -161,31 +261,31 @@ def discriminative_regions(saliency, N, rule, min_patches=10):
     into bands. Components of all bands are then found at once. A band scores above every later one,
     so one sort ranks them all."""
     B, H, W = saliency.shape
+    P = H * W
     rounds = {"otsu": 1, "otsu-refill": ROUNDS}[rule]
     saliency = saliency.float().nan_to_num(0).flatten(1)
     level = (255 * saliency).clamp(0, LEVELS - 1).long()
-
-    threshold = torch.full_like(level[:, :1], LEVELS)
-    band = torch.zeros_like(level)                                          # Eq. 2; 0 = the rest
-    for i in range(rounds):
-        candidate = level <= threshold
-        threshold = otsu(level, candidate)[:, None]
-        band = torch.where(candidate & (level > threshold), i + 1, band)
+    thresholds = otsu(level, rounds).flip(1)                                # Eq. 2; rising
+    band = torch.searchsorted(thresholds, level)        # how many are below the level: 0 = the rest
+    region = components(band.view(B, H, W))             # P = the rest
+    if max_patches is not None:
+        layer = layers(saliency.clamp(min=0), region, max_patches)
+        layer = torch.where(band > 0, band * P + layer, 0)
+        region = components(layer.view(B, H, W))
 
     # Eq. 3: float32 numbers of level >= 1 add up exactly in float64, in whatever order a GPU does.
-    label = components(band.view(B, H, W)).flatten(1)                       # 0 = the rest
     saliency = saliency.to(_wide(saliency.device))
-    size = saliency.new_zeros(B, H * W + 1).scatter_add(1, label, torch.ones_like(saliency))
-    total = saliency.new_zeros(B, H * W + 1).scatter_add(1, label, saliency)
+    size = saliency.new_zeros(B, P + 1).scatter_add(1, region, torch.ones_like(saliency))
+    total = saliency.new_zeros(B, P + 1).scatter_add(1, region, saliency)
     score = torch.where(size >= min_patches, total / size.clamp(min=1), -1)
-    score[:, 0] = -1
+    score[:, P] = -1
 
-    # Eq. 4: the labels of the N - 1 best become ranks, all others R_N.
+    # Eq. 4: the N - 1 best become ranks, all others R_N.
     best = score.argsort(dim=1, descending=True, stable=True)[:, :N - 1]
     is_region = score.gather(1, best) > 0
     rank = torch.where(is_region, torch.arange(1, N, device=best.device), N)
-    rank_of_label = torch.full_like(size, N, dtype=torch.int64).scatter(1, best, rank)
-    return rank_of_label.gather(1, label).view(B, H, W)
+    rank_of_region = torch.full_like(size, N, dtype=torch.int64).scatter(1, best, rank)
+    return rank_of_region.gather(1, region).view(B, H, W)
 
 
 # ---- Random blocks: the curriculum's, and I-JEPA's masks.
@@ -283,10 +383,12 @@ def reorder(rank, N, order, generator=None):
         random          R_1 ... R_{N-1} permuted, per image; the rest stays last
         spatial         sorted by the patch that holds a region's centre, in row-major order; the
                         rest stays last
+        inverse         from the least salient to the most; the rest stays last (of the authors'
+                        project page: 71.3, where "discriminative" has 73.5)
         truncated       the first three that exist, the rest being one of them or not; later ones
                         get rank 0: nothing predicts or sees them
 
-    After "random" and "spatial" the regions that exist have the lowest ranks."""
+    After "random", "spatial" and "inverse" the regions that exist have the lowest ranks."""
     if order == "discriminative":
         return rank
     if order == "truncated":
@@ -299,6 +401,8 @@ def reorder(rank, N, order, generator=None):
     exists = inside.any(2)
     if order == "random":
         key = torch.rand(exists.shape, device=rank.device, generator=generator)
+    elif order == "inverse":
+        key = torch.arange(N - 1, 0, -1, device=rank.device)
     else:
         patch = torch.arange(H * W, device=rank.device)
         key = _centre(inside, patch // W) * W + _centre(inside, patch % W)
@@ -328,6 +432,7 @@ class Crops(Views):
         self.as_i_jepa = config.method in ("i-jepa", "c-jepa")
         self.N = config.region_count
         self.min_patches = config.min_patches
+        self.masks = split.masks        # where the object is, of those who know; for probes only
 
     def __call__(self, index, M=0):
         """index (B,) int64 on the CPU -> Batch.  M: not used, an image is one view."""

@@ -48,7 +48,7 @@ from plumbing.command import refuse_unwritable
 from plumbing.device import compile_all, is_out_of_memory, pick_device, place, under_autocast
 from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
-from regions import ROUNDS, RULES, discriminative_regions
+from regions import ROUNDS, discriminative_regions
 from train import Rates, build_optimizer, training_step
 
 
@@ -72,6 +72,11 @@ TRAIN = {
     "augment": Case("augment", "tiny-imagenet", "seq-jepa", 512),
     "dseq-jepa": Case("regions", "imagenet", "dseq-jepa", 128),
     "i-jepa": Case("regions", "imagenet", "i-jepa", 128),
+}
+REGIONS = {                     # name: rule, thresholds, most patches of a region (of 14 x 14)
+    "otsu": ("otsu", 1, None),
+    "otsu-refill": ("otsu-refill", ROUNDS, None),
+    "otsu-refill, cut": ("otsu-refill", ROUNDS, 39),            # --max-region 0.2, the default
 }
 FAST_PATH = ("float32", "+ channels_last", "+ bf16", "+ compile")   # each on top of those before it
 WARM_UP = 3                     # steps before time is taken, and three times as many if compiled: a
@@ -324,19 +329,19 @@ def bench_regions(device, options):
     on_device = maps.to(device)
     print(f"{'maps per second, 14 x 14':24s} {'batched':>10s} {'per image':>10s} {'ratio':>7s} "
           f"{'agree':>6s}   (batch {n}; per image on the CPU)")
-    for rule in RULES:
-        rounds = 1 if rule == "otsu" else ROUNDS
+    for name, (rule, rounds, most) in REGIONS.items():
 
         def batched():
-            return discriminative_regions(on_device, N, rule)
+            return discriminative_regions(on_device, N, rule, 10, most)
 
         def one_by_one():
-            return np.stack([regions_one_by_one(m, N, rounds, 10) for m in maps[:few].numpy()])
+            found = [regions_one_by_one(m, N, rounds, 10, most) for m in maps[:few].numpy()]
+            return np.stack(found)
 
         fast = n / seconds(batched, device, options.repeats)
         slow = few / seconds(one_by_one, torch.device("cpu"), options.repeats)
         agree = (batched()[:few].cpu().numpy() == one_by_one()).mean()
-        print(f"{rule:24s} {fast:10,.0f} {slow:10,.0f} {fast / slow:6.1f}x {100 * agree:5.1f}%")
+        print(f"{name:24s} {fast:10,.0f} {slow:10,.0f} {fast / slow:6.1f}x {100 * agree:5.1f}%")
 
 
 def random_maps(n, grid):

@@ -38,13 +38,16 @@ class Way(NamedTuple):
     method: str             # --method
     regions: str            # --regions
     progress: float         # of the curriculum; 0: always random blocks, 1: always salient regions
+    max_region: float = 1.0     # --max-region
 
 
 WAYS = {
     "i-jepa": Way("i-jepa", "otsu", 0.0),
     "dseq-jepa, random blocks": Way("dseq-jepa", "otsu", 0.0),
     "dseq-jepa, otsu": Way("dseq-jepa", "otsu", 1.0),
+    "dseq-jepa, otsu, cut": Way("dseq-jepa", "otsu", 1.0, 0.2),
     "dseq-jepa, otsu-refill": Way("dseq-jepa", "otsu-refill", 1.0),
+    "dseq-jepa, otsu-refill, cut": Way("dseq-jepa", "otsu-refill", 1.0, 0.2),       # the default
 }
 
 
@@ -144,8 +147,10 @@ def region_costs(split, device, batch_size=64, **changes):
     for method in ("i-jepa", "dseq-jepa"):
         config = settings.check(settings.Config(**values | dict(method=method)))
         ways = {name: way for name, way in WAYS.items() if way.method == method}
-        counted = {name: by_size(dataclasses.replace(config, regions=way.regions), device)
-                   for name, way in ways.items()}
+        counted = {}
+        for name, way in ways.items():
+            changed = dict(regions=way.regions, max_region=way.max_region)
+            counted[name] = by_size(dataclasses.replace(config, **changed), device)
         views = Crops(split, config, device)
         model = build_model(config, {}).to(device).train()
         for index in torch.arange(len(views)).split(batch_size):

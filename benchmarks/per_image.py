@@ -108,10 +108,11 @@ def loader(dataset, like, device, workers):
         yield like._replace(views=views.to(device, non_blocking=True))
 
 
-def regions_one_by_one(saliency, N, rounds, min_patches):
+def regions_one_by_one(saliency, N, rounds, min_patches, max_patches=None):
     """DSeq-JEPA Secs. 3.2, 3.3 for one map (H, W) in [0, 1], float32: ranks (H, W).
 
-    rounds: 1 = rule "otsu".  Raises: BadInput where OpenCV or SciPy is missing."""
+    rounds: 1 = rule "otsu".  max_patches: larger regions are cut into layers, None = not.
+    Raises: BadInput where OpenCV or SciPy is missing."""
     try:
         import cv2
         import scipy.ndimage
@@ -130,6 +131,13 @@ def regions_one_by_one(saliency, N, rounds, min_patches):
         above = left & (level > threshold)
         label, count = scipy.ndimage.label(above, np.ones((3, 3)))
         regions = [label == k for k in range(1, count + 1)]
+        if max_patches:
+            pieces = []
+            for region in regions:
+                for layer in layers_one_by_one(region, saliency, max_patches):
+                    label, count = scipy.ndimage.label(layer, np.ones((3, 3)))
+                    pieces += [label == k for k in range(1, count + 1)]
+            regions = sorted(pieces, key=np.argmax)             # in raster order
         regions = [r for r in regions if r.sum() >= min_patches]
         found += sorted(regions, key=lambda r: -saliency[r].mean(dtype=np.float64))
         left &= ~above
@@ -137,3 +145,13 @@ def regions_one_by_one(saliency, N, rounds, min_patches):
     for k, region in enumerate(found[:N - 1], 1):
         rank[region] = k
     return rank
+
+
+def layers_one_by_one(region, saliency, most):
+    """Of a region (H, W) bool, its `most` most salient patches, the next `most`, and so on."""
+    patches = np.flatnonzero(region)
+    patches = patches[np.argsort(-saliency.ravel()[patches], kind="stable")]
+    for start in range(0, len(patches), most):
+        layer = np.zeros(region.shape, bool)
+        layer.ravel()[patches[start:start + most]] = True
+        yield layer

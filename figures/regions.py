@@ -28,7 +28,8 @@ from plumbing.command import refuse_unwritable
 from plumbing.device import seed_all
 from plumbing.errors import BadInput, printable
 from plumbing.runs import load_checkpoint, restore
-from regions import LEVELS, cls_similarity, discriminative_regions, min_max, multi_block, otsu
+from probes_regions import object_auc, of_patches
+from regions import LEVELS, discriminative_regions, multi_block, otsu
 
 STEP_IMAGES = 10_000            # as Fig. 4
 REST = "#BBBBBB"                # colour of R_N
@@ -53,9 +54,12 @@ def draw_regions(model, views, config, path, count=6):
     N = config.region_count
     images = views.clean(spread(views, count))
     tokens, _ = model.target_encoder(images, keep=(model.block,))
-    saliency = min_max(cls_similarity(tokens[:, 0], tokens[:, 1:])).cpu().unflatten(1, grid)
-    once = discriminative_regions(saliency, N, "otsu", config.min_patches)
-    refilled = discriminative_regions(saliency, N, "otsu-refill", config.min_patches)
+    saliency = model.cls_saliency(tokens).cpu()
+    scores, outlines = _object(views, saliency, grid, count)
+    saliency = saliency.unflatten(1, grid)
+    sizes = (config.min_patches, config.max_patches)
+    once = discriminative_regions(saliency, N, "otsu", *sizes)
+    refilled = discriminative_regions(saliency, N, "otsu-refill", *sizes)
     foreground = _above_otsu(saliency)
     blocks = _ijepa_blocks(count, grid, config)
     photos = to_pixels(images, views)
@@ -68,6 +72,12 @@ def draw_regions(model, views, config, path, count=6):
     for i in range(count):
         axes[i, 0].imshow(photos[i])
         axes[i, 1].imshow(saliency[i].numpy(), cmap="magma")
+        axes[i, 1].set_xlabel(scores[i], fontsize=8)
+        if outlines is not None:
+            side = photos.shape[1] / grid[0]
+            places = (torch.arange(photos.shape[1]) + 0.5) / side - 0.5      # pixels, in patches
+            axes[i, 1].contour(places, places, outlines[i].numpy(), levels=[0.5], colors="white",
+                               linewidths=0.8)
         axes[i, 2].imshow(foreground[i].numpy(), cmap="gray", vmin=0, vmax=1)
         _overlay(axes[i, 3], photos[i], once[i], region_style)
         _overlay(axes[i, 4], photos[i], refilled[i], region_style)
@@ -82,12 +92,20 @@ def draw_regions(model, views, config, path, count=6):
     return save(figure, path)
 
 
+def _object(views, saliency, grid, count):
+    """Where the data set knows the object: words on how saliency (n, P) finds it, and masks (n, S,
+    S); elsewhere empty words and None."""
+    if views.masks is None:
+        return [""] * count, None
+    masks = views.masks(spread(views, count)).cpu()
+    aucs = object_auc(saliency, of_patches(masks, grid)).tolist()
+    return [f"AUC of the object {auc:.2f}" for auc in aucs], masks
+
+
 def _above_otsu(saliency):
     """Eq. 2.  (B, H, W) in [0, 1]  ->  (B, H, W) bool"""
     level = (255 * saliency.flatten(1)).long().clamp(0, LEVELS - 1)
-    everywhere = torch.ones_like(level, dtype=torch.bool)
-    above = level > otsu(level, everywhere)[:, None]
-    return above.view_as(saliency)
+    return (level > otsu(level)).view_as(saliency)
 
 
 def _ijepa_blocks(B, grid, config):
@@ -157,9 +175,7 @@ def step_losses(model, views, config):
         if config.regions == "random":
             rank = batch.actions[:, 0]
         else:
-            saliency = saliency.unflatten(1, model.encoder.grid)
-            rank = discriminative_regions(saliency, N, config.regions, config.min_patches)
-            rank = rank.flatten(1)
+            rank = model.plan.regions(saliency, model.encoder.grid)
         plan = sequential(rank, N)
         loss, predicted = model.step_losses(*model.predict(images, plan), plan, h)
         total += (loss * predicted).sum(0).cpu().double()

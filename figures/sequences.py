@@ -50,6 +50,8 @@ PANELS = {
     "spread of features (1 healthy, 0 collapsed)": ["z_std", "z_agg_std"],
     "effective rank of features (RankMe)": ["z_rank", "z_agg_rank"],
     "regions predicted per image": ["steps"],
+    "share of saliency: centre, border ring": ["saliency_centre", "saliency_ring"],
+    "object: AUC of saliency, share of R_1 on it": ["object_auc", "object_r1"],
     "online k-NN top-1, % (not the protocol)": ["knn_z", "knn_z_agg", "knn_patches", "knn_cls"],
     "online R\u00b2 of the action (not the protocol)": ["action_r2"],
 }

@@ -11,7 +11,7 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class Reading(NamedTuple):
     classes: list
     source: dict
     latents: np.ndarray = None
+    masks: Callable = None
 
 
 def require(path, hint):

@@ -398,11 +398,16 @@ def render_chunk(solids: Solids, object_index: torch.Tensor, latents: torch.Tens
     tint = hsv_to_rgb(latents[:, 6], LIGHT_SATURATION, 1.0)[:, None, :, None]
     colours = albedo * (fill + tint * power)
 
-    B = len(latents)
+    return (_to_pixels(colours, size) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _to_pixels(values, size):
+    """Samples of tiles (B, T, C, S) -> their means over pixels, (B, C, size, size)."""
+    B, _, C, _ = values.shape
     n = tiles_per_side(size)
-    pixels = colours.view(B, n, n, 3, TILE, TILE, SAMPLES**2).mean(-1)
-    pixels = pixels.permute(0, 3, 1, 4, 2, 5).reshape(B, 3, n * TILE, -1)
-    return (pixels[:, :, :size, :size] * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = values.view(B, n, n, C, TILE, TILE, SAMPLES**2).mean(-1)
+    pixels = pixels.permute(0, 3, 1, 4, 2, 5).reshape(B, C, n * TILE, -1)
+    return pixels[:, :, :size, :size]
 
 
 def render(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor,
@@ -410,6 +415,11 @@ def render(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor,
     """Views of objects `object_index` (B,) under `latents` (B, 7), on latents' device.
 
     ->  uint8 (B, 3, size, size)"""
+    return _in_chunks(render_chunk, solids, object_index, latents, size)
+
+
+def _in_chunks(draw, solids, object_index, latents, size):
+    """draw(solids, object_index, latents, size, camera), a few views at once, on latents' device"""
     B = len(object_index)
     device = latents.device
     assert latents.shape == (B, 7), f"latents must be ({B}, 7), got {tuple(latents.shape)}"
@@ -418,7 +428,25 @@ def render(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor,
     chunk = max(1, samples // (size * SAMPLES) ** 2)
     camera = camera_rays(size, device)
     parts = zip(object_index.to(device).split(chunk), latents.split(chunk))
-    return torch.cat([render_chunk(solids, index, part, size, camera) for index, part in parts])
+    return torch.cat([draw(solids, index, part, size, camera) for index, part in parts])
+
+
+def object_masks(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor,
+                 size: int) -> torch.Tensor:
+    """Where the object is in render(...) of the same arguments: which share of each pixel shows it.
+
+    ->  float32 (B, size, size)"""
+    return _in_chunks(_mask_chunk, solids, object_index, latents, size)
+
+
+@torch.no_grad()
+def _mask_chunk(solids, object_index, latents, size, camera):
+    """object_masks() for a few views at once; camera: camera_rays(size, device)."""
+    eye, axes, rays = camera
+    placed = place(solids, object_index, rotation_matrix(latents[:, :3]))
+    t, _ = trace(eye, axes, rays, placed)
+    floor = (FLOOR_Z - eye[0, 2]) / rays[:, :, 2]
+    return _to_pixels((t < floor).float()[:, :, None], size)[:, 0]
 
 
 def render_split(split: str, n_objects: int, n_views: int, size: int, seed: int,

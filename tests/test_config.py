@@ -47,8 +47,12 @@ def test_the_command_of_the_readme_is_the_paper_s_stl10_experiment():
                 image_size=224,
                 patch_size=16,
                 encoder="vit-base",
+                regions="otsu-refill",
                 region_count=5,
                 min_patches=10,
+                max_region=0.2,
+                polarity="paper",
+                cls=True,
                 epochs=600,
                 batch_size=2048,
                 lr_start=2e-4,
@@ -63,6 +67,9 @@ def test_the_command_of_the_readme_is_the_paper_s_stl10_experiment():
                 crop_scale=0.3,
             ),
         ),
+        ("--dataset imagenet --mode regions --max-region 1", dict(max_region=1.0)),
+        ("--dataset imagenet --mode regions --method i-jepa", dict(cls=False)),
+        ("--dataset imagenet --mode regions --method c-jepa --cls", dict(cls=True)),
         (
             "--dataset imagenet --mode regions --encoder vit-large",
             dict(predictor_width=384, predictor_depth=12),
@@ -86,6 +93,15 @@ def test_presets(line, expected):
 )
 def test_least_region_is_10_of_196_patches_in_proportion(line, least):
     assert parsed(f"--mode regions --dataset {line}").min_patches == least
+
+
+@pytest.mark.parametrize("flags, noted", [("--regions otsu --order spatial", True),
+                                          ("--regions otsu --region-count 3", True),
+                                          ("--regions otsu", False), ("--order spatial", False)])
+def test_one_line_says_that_one_threshold_leaves_little_to_order(flags, noted, capsys):
+    parsed(f"--dataset imagenet --mode regions {flags}")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == printed.startswith("note: with --regions otsu") == noted
 
 
 def test_typed_flags_win_over_quick_and_quick_over_the_preset():
@@ -161,6 +177,15 @@ def test_help_shows_the_values_of_the_chosen_preset(capsys):
             "--encoder resnet18: method dseq-jepa",
         ),
         ("--dataset imagenet --mode regions --no-cls", "--no-cls: regions come from [CLS]"),
+        (
+            "--dataset imagenet --mode regions --max-region 0.05",
+            "--max-region 0.05: of 196 patches that is 9, and --min-patches is 10",
+        ),
+        ("--dataset imagenet --mode regions --max-region 0", "--max-region 0.0: must be above 0"),
+        (
+            "--dataset imagenet --mode regions --polarity border --regions random",
+            "--polarity border: is for saliency from [CLS]",
+        ),
         ("--encoder vit-base", "--encoder vit-base: method seq-jepa offers"),
         ("--method i-jepa", "--method i-jepa: mode saccade offers seq-jepa"),
         ("--dataset imagenet --mode regions --predictor-width 100", "--predictor-width 100"),

@@ -108,21 +108,19 @@ def test_the_places_that_are_drawn_and_who_sees_whom():
     plan = sequential(EXAMPLE, 3)
     seen = encoder_places(plan.context, 2)
     assert seen.tolist() == [[1, 2, 1, 1, 2, 0, 0, 0]]
-    rank, group = predictor_places(seen, plan.target, region_causal=True)
-    assert rank.tolist() == [[1, 2, 1, 1, 2, 0, 0, 0, 0, 0, 1, 2, 2, 2]]
+    rank, group = predictor_places(plan.context, 2, plan.target, region_causal=True)
+    assert rank.tolist() == [[0, 0, 1, 1, 2, 0, 0, 0, 0, 0, 1, 2, 2, 2]]
     assert group.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 2]]
     layout = arrange(rank, group, sizes(rank > 0)[0])
     sees = {
-        int(p): layout.order[row[:9]].tolist() for p, row in zip(layout.order, layout.mask[0, 0])
+        int(p): layout.order[row[:7]].tolist() for p, row in zip(layout.order, layout.mask[0, 0])
     }
     assert sees == {
-        0: [0, 2, 3],
-        1: [0, 1, 2, 3, 4],
-        2: [0, 2, 3],
-        3: [0, 2, 3],
-        4: [0, 1, 2, 3, 4],
-        10: [0, 2, 3, 10],
-    } | {p: [0, 1, 2, 3, 4, 11, 12, 13] for p in (11, 12, 13)}
+        2: [2, 3],
+        3: [2, 3],
+        4: [2, 3, 4],
+        10: [2, 3, 10],
+    } | {p: [2, 3, 4, 11, 12, 13] for p in (11, 12, 13)}
 
 
 def test_places_of_several_predictions_without_groups():
@@ -133,9 +131,10 @@ def test_places_of_several_predictions_without_groups():
     seen = encoder_places(context, 1)
     # no copy for step 1
     assert encoder_places(context * 2, 2).tolist() == [[0, 2, 2, 0, 0], [0, 2, 0, 0, 2]]
-    rank, group = predictor_places(seen, target, region_causal=False)
-    assert rank.tolist() == [[1, 1, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0, 1],
-                             [1, 0, 0, 1, 0, 1, 0], [1, 0, 0, 1, 0, 0, 1]]
+    assert seen.tolist() == [[1, 1, 0, 0], [1, 0, 0, 1]]
+    rank, group = predictor_places(context, 1, target, region_causal=False)
+    assert rank.tolist() == [[0, 1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0, 1],
+                             [0, 0, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0, 1]]
     assert not group.any()
 
 
@@ -156,6 +155,21 @@ def test_a_prediction_depends_on_all_earlier_regions_and_on_nothing_else(make_co
             assert (
                 torch.equal(matters[b], ranks[b] <= k) and not matters[torch.arange(B) != b].any()
             )
+
+
+def test_cls_reaches_predictions_only_through_the_encoder_s_patches(make_config):
+    """Whatever stands at [CLS] when the context encoder is done, no prediction changes."""
+    net, plan = model(make_config, regions="random"), sequential(torch.randint(1, N + 1, (B, P)), N)
+    images = torch.randn(B, 3, SIDE, SIDE)
+    z_hat, _ = net.predict(images, plan)
+    net.encoder.register_forward_hook(lambda part, args, outputs: [disturbed(args[1], outputs[-1])])
+
+    def disturbed(layout, tokens):
+        is_cls = layout.order % (net.copies + P) < net.copies
+        assert is_cls.sum() == B * (N - 1)
+        return torch.where(is_cls[:, None], 7.0, tokens)
+
+    assert torch.equal(net.predict(images, plan)[0], z_hat)
 
 
 @pytest.mark.parametrize("cls", [True, False])
@@ -184,7 +198,7 @@ def dense(net, image, context, target, masks_are_seen):
     for block in net.encoder.blocks:
         x = block(x)
     h, p = net.predictor, net.predictor.positions
-    x = h.embed(net.encoder.norm(x)[0]) + torch.cat([torch.zeros(C, p.shape[1]), p[context]])
+    x = h.embed(net.encoder.norm(x)[0, C:]) + p[context]            # [CLS] stays behind (Eq. 5)
     n, x = len(x), torch.cat([x, h.mask_token + p[target]])[None]
     see = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
     see[:n, n:] = masks_are_seen
@@ -328,7 +342,7 @@ def test_images_without_a_step_add_nothing_and_break_nothing(make_config):
     ranks[0, :9] = 1
     b = batch(ranks)
     alone = net(b._replace(views=b.views[:1], actions=b.actions[:1], params=b.params[:1])).loss
-    torch.testing.assert_close(net(b).loss, alone / B)
+    torch.testing.assert_close(net(b).loss, alone)              # the two others count for nothing
 
 
 def test_target_gets_no_gradient_and_moves_by_one_minus_tau(make_config):
@@ -364,6 +378,29 @@ def test_curriculum_is_a_coin_per_sample(make_config, monkeypatch, progress, coi
     plan = net.plan(b, torch.rand(B, P), net.encoder.grid)
     expected = sequential(found.flatten(1) if salient else b.actions[:, 0], N)
     assert torch.equal(plan.context, expected.context) and torch.equal(plan.target, expected.target)
+
+
+def test_polarity_border_turns_saliency_upside_down_where_the_border_is_salient(make_config):
+    plain, turned = model(make_config), model(make_config, polarity="border")
+    turned.load_state_dict(plain.state_dict())
+    b = batch()
+    s, t = plain.look(b)[2].view(B, 6, 6), turned.look(b)[2].view(B, 6, 6)
+    inside = s[:, 1:-1, 1:-1]
+    for image in range(B):
+        ring = (s[image].sum() - inside[image].sum()) / 20
+        expected = 1 - s[image] if ring > inside[image].mean() else s[image]
+        torch.testing.assert_close(t[image], expected)
+
+
+def test_logs_say_where_saliency_is(make_config):
+    net, b = model(make_config), batch()
+    s = net.look(b)[2].view(B, 6, 6)
+    logs = net(b).logs
+    centre = s[:, 2:4, 2:4].sum((1, 2)) / s.sum((1, 2))
+    ring = 1 - s[:, 1:-1, 1:-1].sum((1, 2)) / s.sum((1, 2))
+    torch.testing.assert_close(logs["saliency_centre"], centre.mean())
+    torch.testing.assert_close(logs["saliency_ring"], ring.mean())
+    assert "saliency_ring" not in model(make_config, regions="random")(b).logs
 
 
 def test_grad_cam_proxy_by_hand(make_config):
@@ -452,6 +489,8 @@ def test_vicreg_acts_on_image_means(make_config, method):
         dict(regions="random"),
         dict(order="random"),
         dict(order="spatial"),
+        dict(order="inverse"),
+        dict(max_region=1.0),
         dict(order="truncated"),
         dict(order="flat"),
         dict(regions="random", order="flat"),

@@ -272,7 +272,7 @@ CHECKPOINTS = [
     damaged("checkpoint version 99", changed(version=99)),
     damaged("not a checkpoint of this project",
             lambda run: torch.save([1, 2], run / "last.pt")),
-    damaged("--probe cls: the run was trained with --no-cls", without_cls, "--probe", "cls",
+    damaged("--probe cls: the run was trained without [CLS]", without_cls, "--probe", "cls",
             mode="regions"),
     damaged("finite", with_weights(math.nan), data=True),
     damaged("finite", with_weights(math.inf), "--probe", "knn", data=True),

@@ -3,10 +3,12 @@ says, the command users type."""
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import config as settings
@@ -14,7 +16,14 @@ import evaluate
 import probes_regions
 import train
 from build import build_model, build_views
-from probes_regions import Classifier, extract_images, fit_classifier, tuning_rate
+from probes_regions import (
+    Classifier,
+    extract_images,
+    fit_classifier,
+    object_auc,
+    of_patches,
+    tuning_rate,
+)
 
 FLAGS = (
     "--dataset folder --mode regions --encoder vit-nano --image-size 32 "
@@ -246,3 +255,31 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
         assert evaluate.main([str(run / "last.pt"), *flags]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------- whether saliency finds the object
+
+def test_object_auc_is_scikit_learn_s_over_pixels():
+    saliency = torch.rand(5, 9).mul(4).round().div(4)                       # with ties
+    masks = (torch.rand(5, 12, 12) < 0.4).float()
+    found = object_auc(saliency, of_patches(masks, (3, 3)))
+    for b in range(5):
+        of_pixels = saliency[b].view(3, 3).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        expected = roc_auc_score(masks[b].flatten().numpy(), of_pixels.flatten().numpy())
+        assert found[b].item() == pytest.approx(expected, abs=1e-5)
+    assert object_auc(saliency, torch.ones(5, 9)).isnan().all()
+
+
+def test_on_object_sees_masks_and_says_nan_without(setting):
+    model, views = setting()
+    index = torch.arange(4)
+    assert all(math.isnan(value) for value in probes_regions.on_object(model, views, index))
+    grid = model.encoder.grid
+    batch = views(index)._replace(views=views.clean(index)[:, None])
+    saliency = model.look(batch)[2]
+    rank = model.plan.regions(saliency, grid)
+    side = views.image_size // grid[0]
+    first = (rank == 1).float().view(-1, *grid)
+    views.masks = lambda index: first.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    auc, share = probes_regions.on_object(model, views, index)
+    assert share == pytest.approx(1) and 0.5 < auc <= 1

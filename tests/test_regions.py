@@ -29,6 +29,7 @@ from regions import (
     otsu,
     random_regions,
     reorder,
+    where_salient,
 )
 
 GRIDS = [(14, 14), (8, 8), (7, 9), (5, 12), (1, 11), (16, 3)]
@@ -118,7 +119,21 @@ def cv2_otsu(values):
     return min(level for level in exact if exact[level] == exact[threshold])
 
 
-def slow_regions(saliency, N, rule, min_patches, rounds):
+def cut(part, saliency, most):
+    """A region too large, as a list of its connected parts: of its `most` most salient patches, of
+    the next, ..."""
+    patches = np.flatnonzero(part)
+    patches = patches[np.argsort(-saliency.ravel()[patches], kind="stable")]
+    parts = []
+    for start in range(0, len(patches), most):
+        layer = np.zeros(part.shape, bool)
+        layer.ravel()[patches[start:start + most]] = True
+        labels, count = ndimage.label(layer, EIGHT)
+        parts += [labels == k for k in range(1, count + 1)]
+    return parts
+
+
+def slow_regions(saliency, N, rule, min_patches, rounds, most=None):
     """One image, written from Sec. 3.2 (and from SPEC's words for the refill) with OpenCV and
     SciPy."""
     values, left, found = np.uint8(255 * saliency), np.ones(saliency.shape, bool), []
@@ -127,7 +142,11 @@ def slow_regions(saliency, N, rule, min_patches, rounds):
             break
         above = left & (values > cv2_otsu(values[left]))
         labels, count = ndimage.label(above, EIGHT)
-        parts = [labels == k for k in range(1, count + 1) if (labels == k).sum() >= min_patches]
+        parts = [labels == k for k in range(1, count + 1)]
+        if most:
+            parts = [piece for part in parts for piece in cut(part, saliency, most)]
+            parts.sort(key=lambda part: part.argmax())                  # raster order
+        parts = [part for part in parts if part.sum() >= min_patches]
         found += sorted(parts, key=lambda part: -saliency[part].astype(np.float64).mean())
         left &= ~above
     rank = np.full(saliency.shape, N)
@@ -164,6 +183,15 @@ def test_grad_cam_by_hand():
     assert grad_cam(tokens, gradients).tolist() == [[0.0, 4.0, 0.0]]
 
 
+def test_where_salient_of_saliency_that_is_alike_everywhere():
+    for grid, centre, ring in [((14, 14), 36 / 196, 52 / 196), ((8, 8), 1 / 4, 28 / 64),
+                               ((4, 6), 2 * 2 / 24, 16 / 24)]:
+        found = where_salient(torch.full((3, grid[0] * grid[1]), 0.3), grid)
+        assert found["saliency_centre"].item() == pytest.approx(centre)
+        assert found["saliency_ring"].item() == pytest.approx(ring)
+    assert where_salient(torch.zeros(2, 64), (8, 8))["saliency_ring"] == 0
+
+
 # ---- Otsu
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -172,32 +200,28 @@ def test_otsu_equals_opencv(kind, grid):
     maps = noise_maps(kind, 150, grid).numpy()
     values = np.uint8(255 * maps).reshape(len(maps), -1)
     level = torch.from_numpy(values).long()
-    threshold = otsu(level, torch.ones_like(level, dtype=torch.bool))
+    threshold = otsu(level)
     for b in range(len(maps)):
-        assert threshold[b] == cv2_otsu(values[b])
+        assert threshold[b, 0] == cv2_otsu(values[b])
 
 
-@pytest.mark.parametrize("kind", ["blurred", "levels5"])
-def test_otsu_sees_only_the_candidates(kind):
-    maps = noise_maps(kind, 300, (14, 14))
+@pytest.mark.parametrize("kind", ["blurred", "noise", "spiky", "levels2", "levels5"])
+def test_later_thresholds_are_opencv_s_of_what_is_left(kind):
+    maps = noise_maps(kind, 200, (13, 14))
     level = (255 * maps).long().flatten(1)
-    candidate = torch.rand(level.shape) < torch.rand(300, 1)
-    candidate[0] = False
-    candidate[1] = torch.arange(196) == 77
-    threshold = otsu(level, candidate)
-    assert threshold[:2].tolist() == [0, 0]
-    for b in range(2, 300):
-        if candidate[b].any():
-            assert threshold[b] == cv2_otsu(level[b][candidate[b]].numpy().astype(np.uint8))
+    thresholds = otsu(level, rounds=6)
+    assert thresholds.shape == (200, 6)
+    for b in range(200):
+        left = level[b].numpy().astype(np.uint8)
+        for threshold in thresholds[b].tolist():
+            assert threshold == cv2_otsu(left)
+            left = left[left <= threshold]
 
 
 def test_otsu_of_constants_is_zero_as_opencv_has_it():
     level = torch.tensor([0, 1, 128, 255])[:, None].expand(4, 30)
-    assert (
-        otsu(level, torch.ones(4, 30, dtype=torch.bool)).tolist()
-        == [0] * 4
-        == [cv2_otsu(np.full(30, v, np.uint8)) for v in level[:, 0]]
-    )
+    assert otsu(level, 2).tolist() == [[0, 0]] * 4
+    assert [cv2_otsu(np.full(30, v, np.uint8)) for v in level[:, 0]] == [0] * 4
 
 
 def test_otsu_ties_go_to_the_lowest_level():
@@ -205,39 +229,44 @@ def test_otsu_ties_go_to_the_lowest_level():
     levels, all are alike."""
     for n, m, v in [(3, 5, 100), (1, 1, 7), (10, 2, 127), (7, 90, 40), (300, 500, 127)]:
         level = torch.tensor([[0] * n + [v] * m + [2 * v] * n])
-        assert otsu(level, torch.ones_like(level, dtype=torch.bool)).item() == 0
-    assert (
-        otsu(torch.tensor([[20] * 5 + [90] * 7]), torch.ones(1, 12, dtype=torch.bool)).item() == 20
-    )
+        assert otsu(level).item() == 0
+    assert otsu(torch.tensor([[20] * 5 + [90] * 7])).item() == 20
 
 
 # ---- components
 
+def numbered(groups):
+    """components(groups) with SciPy's numbers: 1, 2, ... in order of first patches, 0 = background.
+
+    (B, H, W)  ->  the same shape, NumPy"""
+    groups = torch.as_tensor(groups)
+    first = components(groups)
+    P = first.shape[1]
+    number = (first == torch.arange(P)).long().cumsum(1)
+    number = torch.cat([number, torch.zeros(len(first), 1, dtype=torch.long)], 1).gather(1, first)
+    return number.view(groups.shape).numpy()
+
+
 def assert_components(masks):
-    masks = torch.as_tensor(masks)
-    labels = components(masks).numpy()
-    for b in range(len(masks)):
-        np.testing.assert_array_equal(labels[b], ndimage.label(masks[b].numpy(), EIGHT)[0])
+    """Equal to SciPy's on each of the masks (B, H, W), in one call of each."""
+    labels, _ = ndimage.label(masks, np.stack([np.zeros((3, 3)), EIGHT, np.zeros((3, 3))]))
+    highest = np.maximum.accumulate(np.append(0, labels.max((1, 2))))[:-1, None, None]
+    np.testing.assert_array_equal(numbered(masks), np.where(masks, labels - highest, 0))
 
 
-@pytest.mark.parametrize("grid", GRIDS + [(1, 1), (2, 1), (23, 28)])
-def test_components_equal_scipy_on_noise(grid):
+@pytest.mark.parametrize("grid", GRIDS + [(1, 1), (2, 1), (1, 2), (13, 15), (23, 28)])
+def test_components_equal_scipy_on_thousands_of_masks(grid):
     rng = np.random.default_rng(1)
-    masks = rng.random((200, *grid)) < rng.uniform(0, 1, (200, 1, 1))
-    blurred = ndimage.gaussian_filter(rng.random((60, *grid)), (0, 1, 1)) > 0.5
+    masks = rng.random((1500, *grid)) < rng.uniform(0, 1, (1500, 1, 1))
+    blurred = ndimage.gaussian_filter(rng.random((500, *grid)), (0, 1, 1)) > 0.5
     assert_components(np.concatenate([masks, blurred]))
 
 
-def test_components_equal_scipy_on_every_3x5_mask():
-    masks = (np.arange(2 ** 15)[:, None] >> np.arange(15) & 1).astype(bool).reshape(-1, 3, 5)
-    within_image = np.zeros((3, 3, 3))
-    within_image[1] = 1
-    # numbered through all images, in order
-    labels, _ = ndimage.label(masks, within_image)
-    before = np.maximum.accumulate(np.append(0, labels.max((1, 2))))[:-1, None, None]
-    np.testing.assert_array_equal(
-        components(torch.from_numpy(masks)).numpy(), np.where(masks, labels - before, 0)
-    )
+@pytest.mark.parametrize("H, W", [(3, 5), (4, 4)])
+def test_components_equal_scipy_on_every_small_mask(H, W):
+    P = H * W
+    masks = (np.arange(2 ** P)[:, None] >> np.arange(P) & 1).astype(bool)
+    assert_components(masks.reshape(-1, H, W))
 
 
 @pytest.mark.parametrize("n", [8, 14, 15, 28])
@@ -258,19 +287,19 @@ def test_components_of_long_winding_shapes(n):
         r >= 0,
     ]
     shapes = np.stack([flip for s in shapes for flip in (s, s[::-1], s[:, ::-1], s.T, ~s)])
-    assert (
-        components(torch.from_numpy(spiral(n))[None]).max() == 1 and spiral(n).sum() > n * n * 0.45
-    )
+    assert numbered(spiral(n)[None]).max() == 1 and spiral(n).sum() > n * n * 0.45
     assert_components(np.ascontiguousarray(shapes))
 
 
-def test_components_of_groups_connect_equal_values_only():
-    groups = torch.randint(0, 4, (100, 9, 7))
-    labels = components(groups)
-    for b in range(100):
+@pytest.mark.parametrize("grid", [(9, 7), (14, 14)])
+@pytest.mark.parametrize("kinds", [2, 3, 8])
+def test_components_of_groups_connect_equal_values_only(grid, kinds):
+    groups = torch.randint(0, kinds + 1, (150, *grid))
+    labels = numbered(groups)
+    for b in range(150):
         first = {}
-        expected = np.zeros((9, 7), int)
-        for value in (1, 2, 3):
+        expected = np.zeros(grid, int)
+        for value in range(1, kinds + 1):
             parts, count = ndimage.label(groups[b].numpy() == value, EIGHT)
             first |= {int(np.flatnonzero(parts == k)[0]): parts == k for k in range(1, count + 1)}
         for number, start in enumerate(sorted(first), 1):
@@ -310,6 +339,42 @@ def test_rank_maps_equal_the_slow_reading(rule, grid, N, min_patches):
         np.testing.assert_array_equal(
             rank[b], slow_regions(maps[b].numpy(), N, rule, min_patches, regions.ROUNDS)
         )
+
+
+@pytest.mark.parametrize("grid, most, min_patches", [((14, 14), 39, 10), ((7, 9), 5, 1),
+                                                     ((8, 8), 1, 1), ((5, 12), 60, 4)])
+@pytest.mark.parametrize("rule", RULES)
+def test_regions_too_large_are_cut_as_the_slow_reading_cuts_them(rule, grid, most, min_patches):
+    kinds = ("blurred", "spiky", "levels5")
+    maps = [noise_maps(kind, 20, grid, seed=7) for kind in kinds]
+    maps = torch.cat([*maps, structured_maps(*grid)])
+    rank = discriminative_regions(maps, 5, rule, min_patches, most)
+    for b in range(len(maps)):
+        expected = slow_regions(maps[b].numpy(), 5, rule, min_patches, regions.ROUNDS, most)
+        np.testing.assert_array_equal(rank[b], expected)
+
+
+def test_a_region_too_large_is_cut_to_its_most_salient_patches_by_hand():
+    saliency = torch.zeros(8, 8)
+    saliency[1:7, 1:7] = 0.8                                # 36 patches
+    saliency[2:5, 2:5] = 1.0                                # of which these 9 are best
+    rank = discriminative_regions(saliency[None], 3, "otsu", 4, 9)[0]
+    assert (rank == 1).nonzero().tolist() == (saliency == 1).nonzero().tolist()
+    assert (rank == 2).nonzero().tolist() == (saliency == 0.8).nonzero()[:9].tolist()
+    assert (discriminative_regions(saliency[None], 3, "otsu", 4)[0] == 1).sum() == 36
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_region_exceeds_its_bound_and_each_is_connected(rule):
+    maps = noise_maps("blurred", 150, (14, 14), seed=4)
+    rank = discriminative_regions(maps, 5, rule, 10, 39)
+    for k in range(1, 5):
+        size = (rank == k).flatten(1).sum(1)
+        assert ((size == 0) | (size >= 10) & (size <= 39)).all()
+        assert all(ndimage.label((r == k).numpy(), EIGHT)[1] <= 1 for r in rank)
+    steps = [len(image.unique()) for image in rank]
+    unbounded = [len(image.unique()) for image in discriminative_regions(maps, 5, rule)]
+    assert sum(steps) > sum(unbounded)
 
 
 @pytest.mark.parametrize("grid, min_patches", [((14, 14), 10), ((8, 8), 4)])
@@ -373,8 +438,8 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch():
     maps = noise_maps("blurred", 20, (14, 14), seed=6)
     level, group = (255 * maps).long().flatten(1), (4 * maps).long()
     everything = lambda m, label, g: (
-        [discriminative_regions(m, 5, rule) for rule in RULES]
-        + [otsu(label, label > 9), components(g), min_max(m.flatten(1))]
+        [discriminative_regions(m, 5, rule, 10, most) for rule in RULES for most in (None, 30)]
+        + [otsu(label, 3), components(g), min_max(m.flatten(1))]
     )
     together = everything(maps, level, group)
     for b in range(20):
@@ -610,6 +675,12 @@ def test_spatial_order_by_hand():
     assert torch.equal(reorder(same_centre, 3, "spatial"), same_centre)
 
 
+def test_inverse_order_by_hand():
+    assert torch.equal(reorder(RANK, 5, "inverse"), renamed(RANK, [4, 3, 2, 1, 5]))
+    few = renamed(RANK, [1, 2, 5, 4, 5])                    # R_1, R_2, R_4 and the rest
+    assert torch.equal(reorder(few, 5, "inverse"), renamed(RANK, [3, 2, 5, 1, 5]))
+
+
 def test_random_order_permutes_the_present_regions_evenly():
     rank = renamed(RANK, [1, 2, 3, 5, 5]).repeat(6000, 1, 1)
     rank[::2] = renamed(rank[::2], [2, 4, 3, 5, 5])       # the same regions under names with a gap
@@ -631,13 +702,14 @@ def run_everything(device):
         cls_similarity(torch.randn(6, 32, device=device), torch.randn(6, 70, 32, device=device))
     ).view(6, 7, 10)
     ranks = [discriminative_regions(saliency, 5, rule, 3) for rule in RULES] + [
+        discriminative_regions(saliency, 5, "otsu-refill", 3, 14),
         random_regions(6, (7, 10), 5, 3, device)
     ]
     orders = [reorder(rank, 5, order) for rank in ranks for order in regions.ORDERS]
     tokens = torch.randn(6, 70, 8, device=device)
     level = (255 * saliency).long().flatten(1)
     return [saliency, *ranks, *orders, *multi_block(6, (7, 10), device, min_patches=3),
-            grad_cam(tokens, tokens), otsu(level, level > 3), components(saliency > 0.5)]
+            grad_cam(tokens, tokens), otsu(level, 3), components(saliency > 0.5)]
 
 
 def test_nothing_depends_on_data_on_the_host():

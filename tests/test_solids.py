@@ -16,6 +16,7 @@ from sources.solids import (
     FRUSTUM,
     NOTHING,
     Solids,
+    object_masks,
     render,
     sample_latents,
     sample_objects,
@@ -419,3 +420,17 @@ def test_plain_material_changes_colours_alone():
     colours = plain.colour[plain.kind != solids.NOTHING].unique(dim=0)
     torch.testing.assert_close(colours, torch.tensor(sorted(solids.PLAIN_COLOURS)))
     assert len(free.colour[free.kind != solids.NOTHING].unique(dim=0)) > 20
+
+
+def test_object_masks_are_the_pixels_that_change_with_the_floor_s_absence():
+    """Of a render with objects of another colour, exactly the pixels of the object change."""
+    solids, latents = sample_objects(6, 0, "val"), sample_latents(6, 1, 0, "val")[:, 0]
+    latents[:, 4] = 0                                                       # light from above
+    masks = object_masks(solids, torch.arange(6), latents, 50)
+    images = render(solids, torch.arange(6), latents, 50).float()
+    painted = solids._replace(colour=1 - solids.colour)
+    changed = (render(painted, torch.arange(6), latents, 50).float() - images).abs().amax(1) > 0
+    assert masks.shape == (6, 50, 50) and masks.dtype == torch.float32
+    assert set(masks.unique().tolist()) == {0, 0.25, 0.5, 0.75, 1}
+    assert not (changed & (masks == 0)).any()
+    assert ((masks > 0) & ~changed).float().mean() < 0.01                   # greys stay grey
