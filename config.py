@@ -331,8 +331,9 @@ def from_command_line(argv=None):
     config = check(Config(**values | typed))
     flags.refuse_ignored(typed, config, readers)
     if config.regions == "otsu" and typed.keys() & {"region_count", "order"}:
-        print("note: with --regions otsu most images have one region and the rest, so that "
-              "--region-count and --order hardly matter; otsu-refill finds more")
+        print("note: with --regions otsu few images have all their regions (without --max-region "
+              "most have one), so that --region-count and --order hardly matter; otsu-refill "
+              "finds more")
     return config
 
 
