@@ -420,11 +420,12 @@ def table(rows):
 def markdown(rows):
     """Rows as a table in Markdown."""
     lines = ["| where | what | compared | with | without | untrained | effect ± spread | paper "
-             "| verdict |", "|---" * 9 + "|"]
+             "| verdict | seeds |", "|---" * 10 + "|"]
     for row in rows:
         where, words, *rest = cells(row)
         compared = " / ".join(row["compared"])
-        lines.append("| " + " | ".join([where, words, compared, *rest]) + " |")
+        seeds = str(len(row["seeds"]))
+        lines.append("| " + " | ".join([where, words, compared, *rest, seeds]) + " |")
     return "\n".join(lines) + "\n"
 
 
