@@ -614,7 +614,8 @@ def test_any_name_of_a_class_is_drawn_as_it_is_spelt(tmp_path):
     views = SimpleNamespace(classes=NAMES, maps={})
     gallery = sequences.Gallery(torch.rand(n, 4, 4, 3), torch.randn(n, 4), torch.randn(n, 4),
                               torch.rand(n, 2), torch.arange(n))
-    config = SimpleNamespace(mode="saccade", condition="none", views=2)
+    config = SimpleNamespace(mode="saccade", condition="none", views=2,
+                             aggregates=True)
     sequences.draw_retrieval(gallery, views, tmp_path / "retrieval.png", count=n)
     sequences.draw_maps(gallery, views, config, tmp_path / "maps.png")
     from matplotlib.text import Text
@@ -624,13 +625,14 @@ def test_any_name_of_a_class_is_drawn_as_it_is_spelt(tmp_path):
 
 
 def test_every_class_has_its_line_in_the_legend(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     legends = []
-    monkeypatch.setattr(Axes, "legend", lambda self, handles, names, **kw: legends.append(names))
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, names, **kw: legends.append(names))
     views = SimpleNamespace(classes=["_background", "$x$"], maps={})
     gallery = sequences.Gallery(torch.rand(8, 4, 4, 3), torch.randn(8, 4), torch.randn(8, 4),
                               torch.rand(8, 2), torch.arange(8) % 2)
-    config = SimpleNamespace(mode="saccade", condition="none", views=2)
+    config = SimpleNamespace(mode="saccade", condition="none", views=2,
+                             aggregates=True)
     sequences.draw_maps(gallery, views, config, tmp_path / "maps.png")
     assert legends == [[" _background", r"\$x\$"]]
 
