@@ -300,8 +300,10 @@ def _pca(x):
 
 # ---------------------------------------------------------------- measured rows
 
-def draw_lengths(rows, config, path):
-    """Accuracy on z_agg against observed views (Fig. 8, right), trained and untrained."""
+def draw_lengths(rows, config, path, classes=0):
+    """Accuracy on z_agg against observed views (Fig. 8, right), trained and untrained.
+
+    classes: how many there are, for a line at chance; 0: no line."""
     z = next(r for r in rows if r["probe"] == "classify" and r["from"] == "z")
     agg = by_length(rows, "classify")
     lengths = [M for M, _ in agg]
@@ -314,6 +316,8 @@ def draw_lengths(rows, config, path):
         axis.plot(lengths, values, color=colour, marker="o", label=f"z_agg, {name}")
         axis.axhline(z[key], color=colour, linestyle="--", label=f"z, {name}")
 
+    if classes:
+        axis.axhline(100 / classes, color="grey", linestyle=":", label="chance")
     axis.set(xlabel="observed views M_val", ylabel="top-1, %", xticks=lengths,
              title=f"Accuracy and number of views, M_tr = {config.views} (as Fig. 8)")
     axis.grid(alpha=0.3)
@@ -366,6 +370,6 @@ def draw_all(model, views, config, rows, run_dir, draw_views=draw_sequences):
     yield draw_retrieval(gallery, views, run_dir / "retrieval.png")
     yield draw_maps(gallery, views, config, run_dir / "maps.png")
     if by_length(rows, "classify"):
-        yield draw_lengths(rows, config, run_dir / "lengths.png")
+        yield draw_lengths(rows, config, run_dir / "lengths.png", len(views.classes))
     if by_length(rows, "path"):
         yield draw_path(rows, run_dir / "path.png")
