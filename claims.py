@@ -211,8 +211,11 @@ CLAIMS = (
 def show_claims(options):
     """Train and probe what the chosen claims need, judge them, print and keep the table."""
     claims = choose(options)
-    needed = [name for name in RUNS if any(name in claim.runs for claim in claims)]
-    plans = [plan(name, seed, claims, options) for seed in options.seeds for name in needed]
+    wanted = set().union(*(claim.runs for claim in claims))
+    needed = [name for name in RUNS if name in wanted]
+    plans = []
+    for seed in options.seeds:
+        plans += [plan(name, seed, claims, options) for name in needed]
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     missing = [each for each in plans if not each.is_measured()]
@@ -407,9 +410,11 @@ def table(rows):
                       "paper", "verdict"])
         lines += [cells(row) for row in rows if tuple(row["compared"]) == compared]
         lines.append([])
-    widths = [max(len(line[i]) for line in lines if line) for i in range(8)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-            for line in lines]
+    widths = [max(map(len, column)) for column in zip(*filter(None, lines))]
+    text = []
+    for line in lines:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
+        text.append("  ".join(padded).rstrip())
     seeds = " ".join(map(str, rows[0]["seeds"]))
     text.append(f"seeds {seeds}; spread: standard deviation of the effect over seeds"
                 + (f", of those kept in results/{KEPT.name}" if len(rows[0]["seeds"]) == 1 else "")
