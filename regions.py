@@ -12,7 +12,7 @@ Rule "otsu" is the paper's words: one Otsu threshold, its 8-connected components
 patches, best mean saliency first. One threshold rarely yields N - 1 = 4 components, so rule
 "otsu-refill", ours and the default, thresholds what was below the threshold again and again, and
 appends the components that come up. Of both, a component that is too large is cut into layers
-(`layers`). Why, and what it costs: `discriminative_regions`.
+(`layers`). Why, and what it costs, stands over `otsu`.
 
 Beside them, with the same shapes: random blocks for the curriculum, I-JEPA's masks, and the orders
 of Table 5. Last, mode `regions` itself (0.A.1.2): one random resized crop of each image, and the
@@ -123,6 +123,18 @@ def away_from_border(saliency, grid):
 
 
 # ---- Discriminative regions: Eqs. 2-4.
+#
+# Defaults of mode `regions`: "otsu-refill", and max_patches a fifth of the image. The paper says
+# that sizes are bounded ("sampled with scales between ... and ...", 0.A.1.2; the numbers are lost
+# from our copy, and 0.15 to 0.2 is the only range in the authors' settings), and it presupposes
+# chains of N regions: later steps are "clearly harder", and truncating them costs half a point
+# (Sec. 4.3.2). Before training, on 256 images of Tiny ImageNet (ViT-S/8) and 64 photos at 224 px
+# (ViT-B/16); the last column, FLOPs beside I-JEPA's over a whole curriculum, is 1.16 in Table 8:
+#
+#                          steps of 4   images with all 4   R_1, % of image   beside I-JEPA
+#     otsu                 1.1    1.5        0     0 %          47    42        1.16   1.04
+#     otsu-refill          3.6    3.2       68    45 %          47    42        1.41   1.16
+#     otsu-refill, cut     4.0    3.8      100    89 %          17    12        1.20   1.00
 
 def otsu(level, rounds=1):
     """Otsu's threshold (Eq. 2), again and again.  level (B, P) int64 in 0..255  ->  (B, rounds)
@@ -237,17 +249,7 @@ def layers(saliency, region, most):
 def discriminative_regions(saliency, N, rule, min_patches=10, max_patches=None):
     """Eqs. 2-4.  saliency (B, H, W) in [0, 1], rule one of RULES  ->  rank (B, H, W) int64 in 1..N
 
-    Defaults of mode `regions`: "otsu-refill", and max_patches a fifth of the image. The paper says
-    that sizes are bounded ("sampled with scales between ... and ...", 0.A.1.2; the numbers are lost
-    from our copy, and 0.15 to 0.2 is the only range in the authors' settings), and it presupposes
-    chains of N regions: later steps are "clearly harder", and truncating them costs half a point
-    (Sec. 4.3.2). Before training, on 256 images of Tiny ImageNet (ViT-S/8) and 64 photos at 224 px
-    (ViT-B/16); the last column, FLOPs beside I-JEPA's over a whole curriculum, is 1.16 in Table 8:
-
-                             steps of 4   images with all 4   R_1, % of image   beside I-JEPA
-        otsu                 1.1    1.5        0     0 %          47    42        1.16   1.04
-        otsu-refill          3.6    3.2       68    45 %          47    42        1.41   1.16
-        otsu-refill, cut     4.0    3.8      100    89 %          17    12        1.20   1.00
+    Which rule and bound are the defaults, and why: above.
 
     max_patches: none of R_1..R_{N-1} is larger (None: no bound). Of a component that is, the
     max_patches most salient patches are one layer, the next as many another, and so on; connected
