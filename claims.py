@@ -49,7 +49,7 @@ RUNS = {
     "rotation-predictor": "--mode rotation --action-in predictor",
     "rotation-raw": "--mode rotation --action-embed raw",
     "rotation-noise": "--mode rotation --action-embed noise",
-    "rotation-narrow": "--mode rotation --action-dim 8",
+    "rotation-narrow": "--mode rotation --action-dim 16",
     "rotation-one-view": "--mode rotation --views 1",
     "augment-nothing": "--mode augment --condition none",
     "augment-crop": "--mode augment --condition crop",
@@ -60,7 +60,7 @@ RUNS = {
     "regions-random": "--mode regions --order random",
     "regions-flat": "--mode regions --order flat",
 }
-FIRST = ("saccade", "saccade-no-actions")       # the pair of --first
+PAIR = ("saccade", "saccade-no-actions")        # the runs of --first
 DATASETS = {                                    # mode -> data set, where --dataset names none
     "quick": dict.fromkeys(settings.MODES, "solids"),
     "gpu": dict(saccade="stl10", rotation="3diebench", augment="cifar100", regions="imagenet"),
@@ -88,7 +88,11 @@ class Claim(NamedTuple):
     first: Number
     second: Number
     paper: tuple = None     # the two numbers there
-    slack: float = 0.0
+    slack: float = 0.0      # by which `first` may fall short
+
+    @property
+    def unit(self):
+        return "top-1 %" if self.first.probe in ("classify", "linear") else "R2"
 
     @property
     def runs(self):
@@ -109,10 +113,11 @@ RELATIVE = ("action", "rotation", "z_1, z_2")
 LINEAR = ("linear", "class", "last 4 blocks, mean patch")
 
 
-def predicted(name, words, first, second, compared, paper):
+def ablated(name, first, second, compared, paper, slack=0.0):
     """A claim of Table 4: what it does to the R^2 of relative rotations."""
+    words = "R\u00b2 of the relative rotation, from z"
     return Claim(name, "Table 4", words, compared, Number(first, *RELATIVE),
-                 Number(second, *RELATIVE), paper)
+                 Number(second, *RELATIVE), paper, slack)
 
 
 def augmented(name, kind, paper):
@@ -129,11 +134,12 @@ CLAIMS = (
          "rotation", ("parameters", "rotation", "z_1"), (0.74, 0.37)),
     told("rotation-class", "Table 1", "class from z_agg of 3, % (unharmed: 2 points at most)",
          "rotation", ("classify", "class", "z_agg M=3"), (86.14, 86.05), slack=2.0),
-    Claim("rotation-views", "Table 1, Fig. 8", "class from z_agg, %", ("5 views", "1 view"),
+    Claim("rotation-views", "Table 1, Table 6, Fig. 8", "class from z_agg, %",
+          ("5 views", "1 view"),
           top1("rotation", "z_agg M=5"), top1("rotation", "z_agg M=1"), (87.41, 81.72)),
     Claim("rotation-passes-z", "Table 6", "class, %", ("z_agg of 5", "z"),
           top1("rotation", "z_agg M=5"), top1("rotation", "z"), (87.41, 82.49)),
-    Claim("rotation-longer-training", "Fig. 8", "R\u00b2 of the relative rotation, from z",
+    Claim("rotation-more-training-views", "Fig. 8", "R\u00b2 of the relative rotation, from z",
           ("trained on 3 views", "on 1"), Number("rotation", *RELATIVE),
           Number("rotation-one-view", *RELATIVE)),
     Claim("rotation-not-in-z_agg", "B.2", "R\u00b2 of a view's rotation",
@@ -153,18 +159,20 @@ CLAIMS = (
          ("classify", "class", "z_agg M=6")),
     told("saccade-class-z", "Table 6", "class from z of the whole image, %", "saccade",
          ("classify", "class", "z"), (81.20, 61.38)),
+    # Its column is lost from our copy of the paper: as a later version has it, at second hand.
     told("saccade-position", "Table 3", "R\u00b2 of the relative position, from z", "saccade",
          ("action", "position", "z_1, z_2"), (0.80, 0.38)),
-    Claim("saccade-views", "Table 3, Fig. 8", "class from z_agg, %", ("6 patches", "1 patch"),
+    Claim("saccade-views", "Table 3, Table 6, Fig. 8", "class from z_agg, %",
+          ("6 patches", "1 patch"),
           top1("saccade", "z_agg M=6"), top1("saccade", "z_agg M=1"), (84.12, 71.45)),
     Claim("saccade-passes-z", "Table 6", "class, %", ("z_agg of 6 patches", "z of the image"),
           top1("saccade", "z_agg M=6"), top1("saccade", "z"), (84.12, 81.20)),
-    Claim("saccade-longer-training", "Fig. 8", "class from z_agg of 4, %",
+    Claim("saccade-more-training-views", "Fig. 8", "class from z_agg of 4, %",
           ("trained on 4 patches", "on 1"),
           top1("saccade", "z_agg M=4"), top1("saccade-one-view", "z_agg M=4")),
     Claim("saccade-where-to-look", "Table 3", "class from z_agg of 4, %",
-          ("by saliency, IoR", "anywhere"),
-          top1("saccade", "z_agg M=4"), top1("saccade-anywhere", "z_agg M=4")),
+          ("by saliency, IoR", "anywhere"), top1("saccade", "z_agg M=4"),
+          top1("saccade-anywhere", "z_agg M=4"), (83.44, 79.85)),
 
     Claim("path-needs-actions", "Fig. 7", "R\u00b2 of the path, from z_agg of 4",
           ("views and actions", "actions zeroed"),
@@ -179,28 +187,24 @@ CLAIMS = (
           Number("rotation", "path", "rotation", "z_agg, a_M, M=3"),
           Number("rotation", "path", "rotation", "z_agg, a_M, M=3, no actions")),
 
-    predicted("only-aggregator", "R\u00b2 of the relative rotation, from z",
-              "rotation-aggregator", "rotation-no-actions",
-              ("told the aggregator", "told nobody"), (0.37, 0.29)),
-    predicted("only-predictor", "R\u00b2 of the relative rotation, from z",
-              "rotation-predictor", "rotation-aggregator",
-              ("told the predictor", "told the aggregator"), (0.53, 0.37)),
-    predicted("both-parts", "R\u00b2 of the relative rotation, from z",
-              "rotation", "rotation-predictor", ("told both", "told the predictor"), (0.71, 0.53)),
-    predicted("learned-actions", "R\u00b2 of the relative rotation, from z",
-              "rotation", "rotation-raw", ("learned embedding", "raw numbers"), (0.71, 0.34)),
-    predicted("true-actions", "R\u00b2 of the relative rotation, from z",
-              "rotation", "rotation-noise", ("true actions", "noise"), (0.71, 0.20)),
-    predicted("any-action-width", "R\u00b2 of the relative rotation, from z (0.05 at most)",
-              "rotation-narrow", "rotation", ("E = 8", "E as preset"), (0.70, 0.71),
-              )._replace(slack=0.05),
+    ablated("only-aggregator", "rotation-aggregator", "rotation-no-actions",
+            ("told the aggregator", "told nobody"), (0.37, 0.29)),
+    ablated("only-predictor", "rotation-predictor", "rotation-aggregator",
+            ("told the predictor", "told the aggregator"), (0.53, 0.37)),
+    ablated("both-parts", "rotation", "rotation-predictor",
+            ("told both", "told the predictor"), (0.71, 0.53)),
+    ablated("learned-actions", "rotation", "rotation-raw",
+            ("learned embedding", "raw numbers"), (0.71, 0.34)),
+    ablated("true-actions", "rotation", "rotation-noise", ("true actions", "noise"), (0.71, 0.20)),
+    ablated("any-action-width", "rotation-narrow", "rotation", ("E = 16", "E of the preset"),
+            (0.70, 0.71), slack=0.05),
 
-    Claim("dseq-linear", "DSeq-JEPA, Table 1", "class, linear, %", ("DSeq-JEPA", "I-JEPA"),
+    Claim("dseq-linear", "DSeq-JEPA Table 1", "class, linear, %", ("DSeq-JEPA", "I-JEPA"),
           Number("regions", *LINEAR), Number("regions-i-jepa", *LINEAR)),
-    Claim("dseq-order", "DSeq-JEPA, Table 5", "class, linear, %",
+    Claim("dseq-order", "DSeq-JEPA Table 5", "class, linear, %",
           ("most telling first", "random order"),
           Number("regions", *LINEAR), Number("regions-random", *LINEAR)),
-    Claim("dseq-sequence", "DSeq-JEPA, Table 4", "class, linear, %",
+    Claim("dseq-sequence", "DSeq-JEPA Table 4", "class, linear, %",
           ("one after another", "all at once"),
           Number("regions", *LINEAR), Number("regions-flat", *LINEAR)),
 )
@@ -235,7 +239,7 @@ def choose(options):
     """The claims asked for: by name, by the start of a name, or by the start of where they stand.
 
     Raises: BadInput for a word that fits none."""
-    claims = [claim for claim in CLAIMS if not options.first or claim.runs <= set(FIRST)]
+    claims = [claim for claim in CLAIMS if not options.first or claim.runs <= set(PAIR)]
     chosen = []
     for word in options.claims:
         found = [claim for claim in claims if fits(word, claim)]
@@ -248,8 +252,11 @@ def choose(options):
 
 def fits(word, claim):
     """Whether a typed word means this claim: "table-3" is all that stands in Table 3."""
-    places = [place.strip().lower().replace(" ", "-") for place in claim.where.split(",")]
-    return claim.name.startswith(word) or word.lower() in places
+    def simple(text):
+        return text.strip().lower().replace(" ", "-").replace(".", "")
+
+    places = [simple(place) for place in claim.where.split(",")]
+    return claim.name.lower().startswith(word.lower()) or simple(word) in places
 
 
 class Plan(NamedTuple):
@@ -347,7 +354,7 @@ def judge(claim, results, options):
     effect = statistics.mean(effects)
     return {
         "claim": claim.name, "where": claim.where, "measure": claim.words,
-        "compared": list(claim.compared), "with": statistics.mean(first),
+        "unit": claim.unit, "compared": list(claim.compared), "with": statistics.mean(first),
         "without": statistics.mean(second), "untrained": statistics.mean(untrained),
         "effect": effect, "spread": spread, "slack": claim.slack, "paper": claim.paper,
         "verdict": verdict(effect + claim.slack, spread),
@@ -387,7 +394,7 @@ def verdict(effect, spread):
 # ---------------------------------------------------------------- showing them
 
 def digits_of(row):
-    return 1 if "%" in row["measure"] else 3
+    return 1 if row["unit"] == "top-1 %" else 3
 
 
 def cells(row):
@@ -415,10 +422,10 @@ def table(rows):
     for line in lines:
         padded = [cell.ljust(width) for cell, width in zip(line, widths)]
         text.append("  ".join(padded).rstrip())
-    seeds = " ".join(map(str, rows[0]["seeds"]))
-    text.append(f"seeds {seeds}; spread: standard deviation of the effect over seeds"
-                + (f", of those kept in results/{KEPT.name}" if len(rows[0]["seeds"]) == 1 else "")
-                + "; untrained: the first number, of a random model")
+    seeds = rows[0]["seeds"]
+    over = "seeds" if len(seeds) > 1 else f"the seeds of results/{KEPT.name}, ? if unknown"
+    text.append(f"seeds {' '.join(map(str, seeds))}; spread: standard deviation of the effect over "
+                f"{over}; untrained: the first number, of a random model")
     return "\n".join(text)
 
 
@@ -456,22 +463,23 @@ def parse(argv=None):
     p.add_argument("--claims", nargs="+", default=[], metavar="CLAIM",
                    help="names, or how they begin (saccade), or places (table-3); default: all")
     p.add_argument("--first", action="store_true",
-                   help=f"only what the runs {' and '.join(FIRST)} show, with one seed")
+                   help=f"only what the runs {' and '.join(PAIR)} show, with one seed")
     p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
     p.add_argument("--scale", choices=tuple(DATASETS), default="quick",
                    help="quick: laptop size, on embedded data; gpu: the papers' size and data")
     p.add_argument("--dataset", choices=settings.DATASETS,
                    help="for all runs; default: that of the scale")
     p.add_argument("--data-dir", default="data", metavar="DIR", help="where the data is")
-    p.add_argument("--out", metavar="DIR", help="folder of runs, table and figure "
-                                                "(default: runs/claims; runs/first with --first)")
+    p.add_argument("--out", metavar="DIR",
+                   help="folder of runs, table and figure (default: runs/claims-SCALE, or runs/first)")
     p.add_argument("--jobs", type=int, default=0, metavar="N",
                    help="processes at once; 0 = one a core, one on a GPU")
     options = p.parse_args(argv)
     options.train = train
     options.claims = list(dict.fromkeys(options.claims))
     options.seeds = list(dict.fromkeys(options.seeds or ([0] if options.first else [0, 1, 2])))
-    options.out = options.out or ("runs/first" if options.first else "runs/claims")
+    if not options.out:
+        options.out = "runs/first" if options.first else f"runs/claims-{options.scale}"
     if not 0 <= options.jobs <= MOST_JOBS:
         raise BadInput(f"--jobs {options.jobs}: must be at least 0 and at most {MOST_JOBS}")
     if not options.jobs:

@@ -12,8 +12,8 @@ KINDS = (("with", BLUE, "o"), ("without", ORANGE, "s"), ("untrained", "black", "
 
 def draw_claims(rows, path):
     """Two panels, top-1 and R^2, a line a claim; a dot a seed, its mean in full colour."""
-    panels = [("top-1, %", [row for row in rows if "%" in row["measure"]]),
-              ("R\u00b2", [row for row in rows if "%" not in row["measure"]])]
+    panels = [("top-1, %", [row for row in rows if row["unit"] == "top-1 %"]),
+              ("R\u00b2", [row for row in rows if row["unit"] == "R2"])]
     panels = [(unit, mine) for unit, mine in panels if mine]
     lines = [len(mine) for _, mine in panels]
     figure, axes = subplots(len(panels), 1, figsize=(10, 1.5 + 0.52 * sum(lines)), squeeze=False,

@@ -144,10 +144,10 @@ def test_claims_by_name_by_place_and_the_first_pair():
     assert chosen() == [claim.name for claim in CLAIMS]
     assert chosen("--claims", "told-crop") == ["told-crop"]
     assert chosen("--claims", "table-2") == ["told-crop", "told-jitter", "told-blur"]
-    assert set(chosen("--claims", "fig.-7")) == {"path-needs-actions", "path-hardly-views",
+    assert set(chosen("--claims", "Fig-7")) == {"path-needs-actions", "path-hardly-views",
                                                  "angular-path-needs-actions"}
     first = claims.choose(parse(["--first"]))
-    assert all(claim.runs <= set(claims.FIRST) for claim in first) and len(first) > 5
+    assert all(claim.runs <= set(claims.PAIR) for claim in first) and len(first) > 5
     with pytest.raises(BadInput, match="--claims nonsense: fits none of"):
         claims.choose(parse(["--claims", "nonsense"]))
 
