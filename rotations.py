@@ -67,7 +67,7 @@ class Rotations(Views):
     conditions = ("rotation", "color", "rotation+color", "none")
     groups = {"rotation": slice(0, 4), "color": slice(4, 6)}
     param_groups = {"rotation": slice(0, 4), "color": slice(4, 6)}
-    maps = {"angle x": 6, "angle y": 7, "angle z": 8}
+    maps = {"angle x, rad": 6, "angle y, rad": 7, "angle z, rad": 8}
 
     def __init__(self, split, config, device):
         super().__init__(split, config, device)

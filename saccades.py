@@ -103,7 +103,7 @@ class Saccades(Views):
     reads = ("patch_size", "saliency", "ior", "inside")
     groups = {"position": slice(0, 2)}
     param_groups = {"position": slice(0, 2)}
-    maps = {"x of fixation": 0, "y of fixation": 1}
+    maps = {"x of fixation, image sides": 0, "y of fixation, image sides": 1}
 
     def __init__(self, split, config, device):
         super().__init__(split, config, device)
