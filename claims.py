@@ -17,6 +17,7 @@ not if it is as far below 0; else it is undecided. Checked in tests/test_claims.
 import dataclasses
 import json
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -28,6 +29,7 @@ import torch
 import config as settings
 from figures.claims import draw_claims
 from plumbing import command, flags
+from plumbing.command import refuse_unwritable
 from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from plumbing.jobs import Job, run_side_by_side
@@ -36,6 +38,7 @@ from plumbing.runs import MAY_CHANGE
 HERE = Path(__file__).parent
 KEPT = HERE / "results" / "claims.json"         # rows of three seeds: the spread for a single one
 MOST_JOBS = 64
+RESULTS = ("claims.json", "claims.md", "claims.png")
 
 # The runs, as flags of train.py.  Most claims compare two of them.
 RUNS = {
@@ -222,6 +225,8 @@ def show_claims(options):
         plans += [plan(name, seed, claims, options) for name in needed]
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    for name in RESULTS:
+        refuse_unwritable(out / name, "choose another --out")
     missing = [each for each in plans if not each.is_measured()]
     if missing:
         at_once = min(options.jobs, len(missing))
@@ -230,8 +235,9 @@ def show_claims(options):
 
     results = {(each.run, each.seed): json.loads(each.result.read_text()) for each in plans}
     rows = [judge(claim, results, options) for claim in claims]
-    print(table(rows))
     keep(rows, out)
+    print(table(rows))
+    print(f"wrote {', '.join(RESULTS)} in {printable(out)}")
     return 0
 
 
@@ -256,7 +262,8 @@ def fits(word, claim):
         return text.strip().lower().replace(" ", "-").replace(".", "")
 
     places = [simple(place) for place in claim.where.split(",")]
-    return claim.name.lower().startswith(word.lower()) or simple(word) in places
+    begins = word != "" and claim.name.lower().startswith(word.lower())
+    return begins or simple(word) in places
 
 
 class Plan(NamedTuple):
@@ -268,41 +275,56 @@ class Plan(NamedTuple):
     evaluate: list
     untrained: bool         # whether the random twin is probed too
     samplings: int
+    numbers: list           # that claims read of it
 
     @property
     def result(self):
         return self.config.run_dir / "probes.json"
 
     def is_measured(self):
-        """Whether probes.json of a finished run is there.
+        """Whether this run is finished and its probes.json has, since then, all that claims read.
 
-        Raises: BadInput if it is that of another run, or no such file."""
+        Raises: BadInput if the file is that of another run, or no such file."""
         if not self.result.exists():
             return False
         try:
             found = json.loads(self.result.read_text())
             known = settings.Config(**found["config"])
-            whole = found["samplings"] == self.samplings and bool(found["rows"])
-            compared = [row["untrained"] is not None for row in found["rows"]]
+            rows = {(row["probe"], row["predicts"], row["from"]): row for row in found["rows"]}
+            asked = (found["samplings"], found.get("probe_epochs", 0), found.get("limit"))
+            untrained = [row["untrained"] is not None for row in found["rows"]]
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"{self.result}: not what evaluate.py writes; delete it") from None
-        for field in dataclasses.fields(known):
-            if field.name not in MAY_CHANGE and field.name != "quick":
-                was = getattr(known, field.name)
-                wanted = getattr(self.config, field.name)
-                if was != wanted:
-                    raise BadInput(f"{self.result}: is of a run with "
-                                   f"{flags.name_of(field.name)} {was}, not {wanted}; "
-                                   "choose another --out or delete the run")
+        self.refuse_other_run(known)
         done = self.config.run_dir / "last.pt"
-        fresh = not done.exists() or self.result.stat().st_mtime >= done.stat().st_mtime
-        return whole and fresh and (all(compared) or not self.untrained)
+        return (self.epochs_trained() == self.config.epochs
+                and (not done.exists() or self.result.stat().st_mtime >= done.stat().st_mtime)
+                and asked == (self.samplings, 0, self.config.limit)
+                and all(number[1:] in rows for number in self.numbers)
+                and (all(untrained) or not self.untrained)
+                and ("--figures" not in self.evaluate
+                     or (self.config.run_dir / "report.html").exists()))
+
+    def refuse_other_run(self, known):
+        """Raises BadInput if `known`, the Config that was measured, is not this run's."""
+        may_change = MAY_CHANGE | {"quick"}
+        if self.config.dataset != "solids":
+            may_change -= {"data_dir"}          # other photos, it may be
+        for field in dataclasses.fields(known):
+            was = getattr(known, field.name)
+            wanted = getattr(self.config, field.name)
+            if field.name not in may_change and was != wanted:
+                raise BadInput(f"{self.result}: is of a run with {flags.name_of(field.name)} "
+                               f"{was}, not {wanted}; choose another --out or delete the run")
+
+    def epochs_trained(self):
+        """Lines of metrics.csv."""
+        metrics = self.config.run_dir / "metrics.csv"
+        return max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.exists() else 0
 
     def epochs_done(self):
-        """Lines of metrics.csv; the probes count as one more epoch."""
-        metrics = self.config.run_dir / "metrics.csv"
-        trained = metrics.read_bytes().count(b"\n") - 1 if metrics.exists() else 0
-        return max(0, trained) + self.result.exists()
+        """The same; the probes count as one more epoch."""
+        return self.epochs_trained() + self.result.exists()
 
     def job(self):
         commands = (self.train, self.evaluate)
@@ -318,10 +340,13 @@ def plan(run, seed, claims, options):
     mode = words[words.index("--mode") + 1]
     dataset = options.dataset or DATASETS[options.scale][mode]
     argv = ["--dataset", dataset, *words, "--seed", str(seed), "--data-dir", options.data_dir,
-            "--out", options.out, "--name", f"{run}-{seed}", *options.train]
+            "--out", options.out, "--name", f"{run}-{seed}"]
     if options.scale == "quick":
         argv.append("--quick")
-    config = settings.from_command_line(argv)
+    config = settings.from_command_line([*argv, *options.train])
+    if options.train:
+        refuse_redefined(config, settings.from_command_line(argv))
+    argv += options.train
     untrained = any(claim.first.run == run for claim in claims)
     samplings = SAMPLINGS[mode]
     probe = [sys.executable, str(HERE / "evaluate.py"), str(config.run_dir / "last.pt"),
@@ -332,13 +357,28 @@ def plan(run, seed, claims, options):
     if seed == options.seeds[0]:
         probe.append("--figures")
     train = [sys.executable, str(HERE / "train.py"), *argv, "--resume"]
-    return Plan(run, seed, config, train, probe, untrained, samplings)
+    return Plan(run, seed, config, train, probe, untrained, samplings, numbers_of(run))
+
+
+def refuse_redefined(config, plain):
+    """Raises BadInput if flags after -- changed what makes a run this claim's: `plain` has none."""
+    defining = set(re.findall(r"--(?:no-)?([\w-]+)", " ".join(RUNS.values())))
+    for name in sorted({*defining, "dataset", "data-dir", "out", "name", "seed", "quick"}):
+        field = name.replace("-", "_")
+        if getattr(config, field) != getattr(plain, field):
+            raise BadInput(f"--{name} {getattr(config, field)}: not after --, for it makes the "
+                           "claims' runs what they are; leave it out there")
+
+
+def numbers_of(run):
+    """All numbers that claims read of a run, whichever claims are asked for."""
+    numbers = [number for claim in CLAIMS for number in (claim.first, claim.second)]
+    return [number for number in numbers if number.run == run]
 
 
 def probes_of(run):
-    """Names of the probes that claims read of a run, whichever claims are asked for."""
-    numbers = [number for claim in CLAIMS for number in (claim.first, claim.second)]
-    return list(dict.fromkeys(number.probe for number in numbers if number.run == run))
+    """Names of their probes."""
+    return list(dict.fromkeys(number.probe for number in numbers_of(run)))
 
 
 # ---------------------------------------------------------------- judging them
@@ -444,10 +484,10 @@ def markdown(rows):
 def keep(rows, out):
     """claims.json, claims.md and claims.png in `out`."""
     text = json.dumps(rows, indent=1) + "\n"
+    words = markdown(rows)
     save_atomically(out / "claims.json", lambda part: part.write_text(text))
-    save_atomically(out / "claims.md", lambda part: part.write_text(markdown(rows)))
-    path = draw_claims(rows, out / "claims.png")
-    print(f"wrote {printable(out / 'claims.json')}, claims.md; drew {printable(path)}")
+    save_atomically(out / "claims.md", lambda part: part.write_text(words, encoding="utf-8"))
+    draw_claims(rows, out / "claims.png")
 
 
 # ---------------------------------------------------------------- the command line
@@ -471,7 +511,8 @@ def parse(argv=None):
                    help="for all runs; default: that of the scale")
     p.add_argument("--data-dir", default="data", metavar="DIR", help="where the data is")
     p.add_argument("--out", metavar="DIR",
-                   help="folder of runs, table and figure (default: runs/claims-SCALE, or runs/first)")
+                   help="folder of runs, table and figure (default: runs/claims-SCALE; with "
+                        "--first runs/first)")
     p.add_argument("--jobs", type=int, default=0, metavar="N",
                    help="processes at once; 0 = one a core, one on a GPU")
     options = p.parse_args(argv)

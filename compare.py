@@ -188,6 +188,8 @@ def warnings(results, alike=ALIKE):
         settings = settings_of(result)
         facts = {name: settings[name] for name in alike}
         facts |= {name: result.get(name) for name in ALIKE_PROBED}
+        if settings["probed on"] != "solids":
+            facts["data_dir"] = result["config"].get("data_dir")
         for line in compared(result):
             head = f"the head of {line['probe']} {line['predicts']}"
             facts[head] = f"{line['head']}, {line['epochs']} epochs"

@@ -255,7 +255,8 @@ class Config:
         """The most patches that a region may have, in mode regions; None: any number."""
         if not 0 < self.max_region < 1:             # what makes no sense is refused elsewhere
             return None
-        return int(self.max_region * (self.image_size // self.patch_size) ** 2)
+        patches = (self.image_size // self.patch_size) ** 2
+        return int(self.max_region * patches + 1e-9)        # 0.29 * 100 is 28.999...
 
     @property
     def views_per_sample(self):
@@ -423,8 +424,9 @@ def check_views(c):
     if c.mode == "saccade" and c.patch_size > c.image_size:
         raise BadInput(f"--patch-size {c.patch_size} is larger than the image ({c.image_size}); "
                        "lower it or raise --image-size")
-    if c.dataset == "solids" and c.mode == "rotation" and c.views + 1 > c.object_views:
-        raise BadInput(f"--views {c.views}: a sequence needs {c.views + 1} distinct renders and an "
+    needed = max(2, c.views) + 1                        # probes look at two views and the next
+    if c.dataset == "solids" and c.mode == "rotation" and needed > c.object_views:
+        raise BadInput(f"--views {c.views}: a sequence needs {needed} distinct renders and an "
                        f"object has {c.object_views}; lower --views or raise --object-views")
     if c.dataset == "3diebench" and c.views + 1 > 50:
         raise BadInput(f"--views {c.views}: 3DIEBench has 50 renders per object, "

@@ -213,7 +213,8 @@ def evaluate(options):
         checkpoint=str(options.checkpoint), step=checkpoint["step"],
         config=dataclasses.asdict(settings.config_of(checkpoint)), device=str(device),
         dataset=data.dataset, classes=len(views["val"].classes), n_train=len(views["train"]),
-        n_val=len(views["val"]), samplings=options.samplings,
+        n_val=len(views["val"]), samplings=options.samplings, probe_epochs=options.probe_epochs,
+        limit=data.limit,
         seconds=round(time.monotonic() - started, 1), remarks=remarks_on(views, config), rows=rows)
     show(result)
     text = json.dumps(result, indent=1) + "\n"

@@ -46,6 +46,9 @@ def train_on_labels(config, views, device):
     classifier = place(Classifier(model, len(views.classes)), device).train()
     optimizer = build_optimizer(classifier, config, device)
     epoch_steps = len(views) // config.batch_size
+    if not epoch_steps:
+        raise BadInput(f"--batch-size {config.batch_size}: there are {len(views)} samples; "
+                       "lower it")
     rates = functools.partial(rates_at, config=config, epoch_steps=epoch_steps)
     for step in tqdm(range(config.epochs * epoch_steps), desc="on labels"):
         batch = next_batch(views, config, step, epoch_steps)

@@ -23,6 +23,9 @@ def run(work, parse, argv=None, less="give it less to do at once"):
 
     -> exit status: that of `work`, 2 for bad input, 128 + signal if stopped."""
     signal.signal(signal.SIGTERM, _leave)
+    hang_up = getattr(signal, "SIGHUP", None)           # a closed terminal; nohup ignores it
+    if hang_up and signal.getsignal(hang_up) == signal.SIG_DFL:
+        signal.signal(hang_up, _leave)
     if hasattr(sys.stdout, "reconfigure"):              # a terminal that lacks a letter of a name
         sys.stdout.reconfigure(errors="backslashreplace")
     status = 2

@@ -32,7 +32,7 @@ class Job(NamedTuple):
 def run_side_by_side(jobs, at_once, threads, unit):
     """Run all jobs, `at_once` of them at a time, each with `threads` threads.
 
-    Leaves no process behind, however it ends.
+    Leaves no process behind, unless it is killed by a signal that cannot be caught.
     Raises: BadInput with the last words of the first command that failed."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     waiting = list(jobs)

@@ -167,8 +167,10 @@ def fake_jobs(made):
                 for number in (claim.first, claim.second):
                     rows.append(dict(zip(("probe", "predicts", "from"), number[1:]),
                                      value=len(rows) + config["seed"] ** 2, untrained=1.0))
-            text = json.dumps(dict(checkpoint="x", config=config, rows=rows,
-                                   samplings=int(job.commands[1][4])))
+            text = json.dumps(dict(checkpoint="x", config=config, rows=rows, limit=64,
+                                   probe_epochs=0, samplings=int(job.commands[1][4])))
+            (folder / "metrics.csv").write_text("epoch\n1\n")
+            (folder / "report.html").write_text("")
             (folder / "probes.json").write_text(text)
     return run
 
@@ -201,12 +203,23 @@ def test_runs_are_shared_made_once_and_told_apart(tmp_path, monkeypatch, capsys)
     os.utime(newer, (time.time() + 5, time.time() + 5))
     claims.show_claims(options_of(tmp_path, *argv))
     assert made[6:] == ["saccade-0"]
+    newer.unlink()
+
+    # Probed by hand: part of the rows, of the samples, of the epochs; or not trained to the end.
+    whole = json.loads((out / "saccade-1" / "probes.json").read_text())
+    for change in (dict(limit=32), dict(probe_epochs=1), dict(samplings=2),
+                   dict(rows=whole["rows"][:-40])):
+        (out / "saccade-1" / "probes.json").write_text(json.dumps(whole | change))
+        claims.show_claims(options_of(tmp_path, *argv))
+        assert made.pop() == "saccade-1"
+    (out / "saccade-1" / "metrics.csv").write_text("epoch\n")
+    claims.show_claims(options_of(tmp_path, *argv))
+    assert made.pop() == "saccade-1"
 
     other = parse([*argv, "--out", str(out), "--", *TINY, "--lr", "0.5"])
     with pytest.raises(BadInput, match="is of a run with --lr"):
         claims.show_claims(other)
     (out / "saccade-1" / "probes.json").write_text("{}")
-    newer.unlink()
     with pytest.raises(BadInput, match="not what evaluate.py writes"):
         claims.show_claims(options_of(tmp_path, *argv))
 
@@ -217,6 +230,12 @@ def test_runs_are_shared_made_once_and_told_apart(tmp_path, monkeypatch, capsys)
     (["--dataset", "folder", "--claims", "relative"], "--mode rotation does not apply"),
     (["--claims", "told-blur", "--", "--views", "0"], "--views"),
     (["--claims", "told-blur", "--", "--nope"], "unrecognized arguments: --nope"),
+    (["--claims", "saccade", "--", "--seed", "3"], "--seed 3: not after --"),
+    (["--claims", "saccade", "--", "--condition", "none"], "--condition none: not after --"),
+    (["--claims", "saccade", "--", "--no-ior"], "--ior False: not after --"),
+    (["--claims", "saccade", "--", "--name", "x"], "--name x: not after --"),
+    (["--claims", "saccade", "--", "--dataset", "cifar10"], "--dataset cifar10: not after --"),
+    (["--claims", ""], "--claims : fits none"),
     (["--seeds", "x"], "--seeds"), (["--scale", "huge"], "--scale"),
 ])
 def test_bad_input_in_one_line(argv, words, capsys, tmp_path):
@@ -228,3 +247,21 @@ def test_bad_input_in_one_line(argv, words, capsys, tmp_path):
     said = capsys.readouterr().err.strip()
     assert status == 2 and words in said and said.startswith("error: ") and "\n" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_other_photos_are_not_taken_for_these(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "run_side_by_side", fake_jobs([]))
+    argv = ["--claims", "saccade-class-z", "--seeds", "0", "1", "--dataset", "folder", "--out",
+            str(tmp_path / "out")]
+    claims.show_claims(parse([*argv, "--data-dir", "A", "--", *TINY]))
+    with pytest.raises(BadInput, match="is of a run with --data-dir A, not B"):
+        claims.show_claims(parse([*argv, "--data-dir", "B", "--", *TINY]))
+
+
+def test_a_place_for_results_is_looked_at_before_hours_of_runs(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(claims, "run_side_by_side", fake_jobs(made))
+    (tmp_path / "out" / "claims.png").mkdir(parents=True)
+    with pytest.raises(BadInput, match="claims.png: is no plain file"):
+        claims.show_claims(options_of(tmp_path, "--claims", "told-crop"))
+    assert made == []

@@ -244,6 +244,13 @@ def test_a_warning_names_what_is_not_alike_and_where(settings, result, words, ru
     assert compare.warnings({files[0]: results[files[0]]}) == []
 
 
+def test_two_folders_of_photos_are_no_two_seeds_of_one(run):
+    files = [run("a", {Z: 1.0}, dataset="folder", data_dir="A", seed=0),
+             run("b", {Z: 1.0}, dataset="folder", data_dir="B", seed=1)]
+    results, _, _ = read(*files)
+    assert "differ in data_dir: A (" in compare.warnings(results)[0]
+
+
 def test_a_warning_names_heads_that_were_trained_otherwise(run):
     files = [run("a", {}, lines=[line(Z, 1.0), line(ROTATION, 1.0, epochs=60)], seed=0),
              run("b", {}, lines=[line(Z, 1.0), line(ROTATION, 1.0, epochs=300)], seed=1)]

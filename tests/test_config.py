@@ -319,3 +319,10 @@ def test_names_tell_runs_apart():
     assert parsed("--condition none").name == "stl10-saccade-none"
     with pytest.raises(BadInput):
         settings.preset("stl10", "rotation")
+
+
+def test_an_object_needs_renders_for_the_probes_too():
+    """Methods of two views train on two renders; the probes look at two views and the next."""
+    with pytest.raises(BadInput, match="needs 3 distinct renders"):
+        parsed("--dataset solids --mode rotation --method simclr --object-views 2")
+    assert parsed("--dataset solids --mode rotation --method simclr --object-views 3").views == 1

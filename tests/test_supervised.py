@@ -1,10 +1,12 @@
 """Two classes that differ in brightness are learnt from the labels; the parts are those of the
 run."""
 import numpy as np
+import pytest
 import torch
 
 from benchmarks import supervised
 from build import build_views
+from plumbing.errors import BadInput
 
 
 def test_learns_what_the_labels_say_and_reports_every_length(make_config, monkeypatch, capsys,
@@ -35,6 +37,12 @@ def test_every_part_but_the_predictor_learns(make_config, photos):
                         ("predictor.", False)):
         names = {name for name in before if name.startswith(part) and name.endswith("weight")}
         assert names and names & moved == (names if moves else set()), part
+
+
+def test_a_batch_larger_than_the_data_is_refused(make_config, photos):
+    config = make_config(dataset="folder", data_dir=str(photos), batch_size=500, width=8)
+    with pytest.raises(BadInput, match="--batch-size 500: there are"):
+        supervised.measure(config)
 
 
 def test_other_methods_are_refused_in_one_line(capsys):
