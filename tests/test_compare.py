@@ -245,8 +245,9 @@ def test_a_warning_names_what_is_not_alike_and_where(settings, result, words, ru
 
 
 def test_two_folders_of_photos_are_no_two_seeds_of_one(run):
-    files = [run("a", {Z: 1.0}, dataset="folder", data_dir="A", seed=0),
-             run("b", {Z: 1.0}, dataset="folder", data_dir="B", seed=1)]
+    photos = dict(dataset="folder")
+    files = [run("a", {Z: 1.0}, result=photos, dataset="folder", data_dir="A", seed=0),
+             run("b", {Z: 1.0}, result=photos, dataset="folder", data_dir="B", seed=1)]
     results, _, _ = read(*files)
     assert "differ in data_dir: A (" in compare.warnings(results)[0]
 
