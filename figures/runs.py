@@ -150,9 +150,13 @@ def draw_scatter(points, path):
     """Top-1 against R^2 of the action, a panel for each of its parts (Fig. 1).
 
     points: [(name, source, top1, {part: r2})]. source: what the class is read from; top1 and r2:
-    (mean, standard deviation or None)."""
+    (mean, standard deviation or None). A part that never varies in the data, as hues may, has R^2 0
+    in all of them and no panel."""
     refuse_nothing(points, "classify and action")
-    parts = list(dict.fromkeys(part for *_, scores in points for part in scores))
+    parts = []
+    for *_, scores in points:
+        parts += [part for part, (mean, _) in scores.items() if mean != 0 and part not in parts]
+    parts = parts or list(points[0][3])
     height = max(4.0, 1.2 + 0.36 * len(points))             # two lines of words a point
     figure, axes = subplots(1, len(parts), figsize=(3 + 3.2 * len(parts), height), sharey=True,
                             squeeze=False)

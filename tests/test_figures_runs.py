@@ -204,6 +204,16 @@ def test_names_in_the_scatter_stand_in_the_order_of_the_points(saved, tmp_path):
     assert saved[0].axes[0].get_ylabel() == "top-1 of the class, %"
 
 
+def test_a_part_that_never_varies_has_no_panel(saved, tmp_path):
+    still = [(*point[:3], point[3] | {"color": (0.0, 0.0)}) for point in cloud(3)]
+    runs.draw_scatter(still, tmp_path / "x.png")
+    labels = [axis.get_xlabel() for axis in saved[0].axes]
+    assert labels == ["R\u00b2 of the relative rotation, from z"]
+    nothing = [(*point[:3], {"color": (0.0, 0.0)}) for point in still]
+    runs.draw_scatter(nothing, tmp_path / "y.png")
+    assert len(saved[1].axes) == 1
+
+
 def test_forty_eight_points_differ_in_colour_or_marker():
     looks = [runs._look(i) for i in range(48)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 48
