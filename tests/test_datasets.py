@@ -953,11 +953,11 @@ def test_tiny_imagenet_not_unpacked(make_config):
 # ---------------------------------------------------------------- embedded solids
 
 def test_solids_are_rendered_once_with_their_labels_and_latents(make_config, monkeypatch):
-    config = make_config("solids", "rotation", image_size=16, views=1, object_views=2, limit=32)
+    config = make_config("solids", "rotation", image_size=16, views=1, object_views=3, limit=32)
     split, val = D.load(config, "train"), D.load(config, "val")
     assert (
-        split.parts[0].images.shape == (32, 2, 3, 16, 16)
-        and split.latents.shape == (32, 2, 7)
+        split.parts[0].images.shape == (32, 3, 3, 16, 16)
+        and split.latents.shape == (32, 3, 7)
         and split.latents.dtype == np.float32
     )
     assert (
