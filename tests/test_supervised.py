@@ -19,7 +19,7 @@ def test_learns_what_the_labels_say_and_reports_every_length(make_config, monkey
             pixels = rng.integers(low, low + 127, (16, 16, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
     config = make_config(dataset="folder", data_dir=str(tmp_path), image_size=16, patch_size=8,
-                         epochs=8, batch_size=16, lr=3e-3, warmup_epochs=1, views=2, workers=1,
+                         epochs=16, batch_size=16, lr=3e-3, warmup_epochs=1, views=2, workers=1,
                          width=8, agg_hidden=32, action_dim=16)
     assert supervised.measure(config) == 0
     said = capsys.readouterr().out
