@@ -103,6 +103,7 @@ class Claim(NamedTuple):
 
 
 def top1(run, features):
+    """The Number of a linear classifier on these features, in per cent."""
     return Number(run, "classify", "class", features)
 
 
@@ -434,6 +435,7 @@ def verdict(effect, spread):
 # ---------------------------------------------------------------- showing them
 
 def digits_of(row):
+    """Decimals that a row is shown with: 1 for per cent, 3 for R^2."""
     return 1 if row["unit"] == "top-1 %" else 3
 
 

@@ -203,12 +203,7 @@ def evaluate(options):
     paper = {}
     if data.dataset == config.dataset and not options.probe_epochs:
         paper = paper_numbers(config)
-    rows = measure(model, setup, rules)
-    others = measure(twin, setup, rules) if twin else [dict(value=None)] * len(rows)
-    for row, other in zip(rows, others):
-        row["untrained"] = other["value"]
-        row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
-
+    rows = measure_both(model, twin, setup, rules, paper)
     result = dict(
         checkpoint=str(options.checkpoint), step=checkpoint["step"],
         config=dataclasses.asdict(settings.config_of(checkpoint)), device=str(device),
@@ -245,6 +240,18 @@ def two_models(checkpoint, config, views, device, untrained=True):
     twin = build_model(config, views["val"].groups).to(device)
     settle_batchnorm(twin, views["train"], config.views)
     return model.to(device), twin
+
+
+def measure_both(model, twin, setup, rules, paper):
+    """All rows of the trained model, each with the untrained one's number and the paper's, or None.
+
+    twin: None leaves the untrained out.  paper: {(probe, predicts, from): value}"""
+    rows = measure(model, setup, rules)
+    others = measure(twin, setup, rules) if twin else [dict(value=None)] * len(rows)
+    for row, other in zip(rows, others):
+        row["untrained"] = other["value"]
+        row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
+    return rows
 
 
 def measure(model, setup, rules):
