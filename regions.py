@@ -53,6 +53,9 @@ TARGET_ASPECT = (0.75, 1.5)     # height / width
 CONTEXT_SCALE = (0.85, 1.0)
 CONTEXT_ASPECT = (1.0, 1.0)
 TRIES = 32                      # placements drawn at once, of which the best is used
+# What the linear probe and fine-tuning train on: crops of 0.08 to 1, torchvision's default, flipped
+# or not.
+LABELLED = Recipe(scale=(0.08, 1.0), flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
 
 
 def _wide(device):
@@ -444,6 +447,13 @@ class Crops(Views):
         blocks = self.random_blocks(B)
         coin = torch.rand(B, 1, device=self.device)
         return Batch(images[:, None], blocks, coin, self.labels_of(index))
+
+    def augmented(self, index):
+        """What a classifier trains on: one random crop of each image, (B, 3, S, S), normalised.
+
+        Of 0.08 to 1 of its area, flipped or not, fresh in every call. `clean` is for testing."""
+        drawn = sample(len(index), self.image_size, LABELLED, self.device)
+        return self.to_views(self.images[index], drawn.crop, drawn.flip)
 
     def random_blocks(self, B):
         """I-JEPA's context and targets (B, 5, P), or the curriculum's ranks (B, 1, P)."""

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 import augmentations
 import regions
 from regions import (
+    LABELLED,
     RULES,
     Crops,
     cls_similarity,
@@ -810,3 +811,31 @@ def test_clean_is_the_image_itself(views):
         atol=1e-5,
         rtol=1e-5,
     )
+
+
+def test_augmented_is_a_crop_of_any_size_flipped_or_not(views, monkeypatch):
+    sampler, drawn = views(), []
+    original = augmentations.sample
+    monkeypatch.setattr(
+        "regions.sample",
+        lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1],
+    )
+    index = torch.arange(12)
+    images = sampler.augmented(index)
+    for got, i in zip(images, index.tolist()):
+        image = sampler.images[torch.tensor([i])][0].float() / 255
+        expected = TF.resized_crop(
+            image,
+            *drawn[0].crop[i].long().tolist(),
+            size=[48, 48],
+            interpolation=TF.InterpolationMode.BICUBIC,
+            antialias=True,
+        ).clamp(0, 1)
+        expected = TF.normalize(expected, sampler.mean, sampler.std)
+        if drawn[0].flip[i]:
+            expected = expected.flip(2)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert drawn[0].flip.any() and not drawn[0].flip.all()
+    many = original(4000, 48, LABELLED)
+    areas = many.crop[:, 2] * many.crop[:, 3] / 48 ** 2
+    assert 0.05 < areas.min() < 0.11 and areas.max() > 0.9
