@@ -125,6 +125,8 @@ EMBEDDED = dict(method=("seq-jepa", "sen", "equimod", "cond-byol", "conv-jepa"))
 EMA = dict(method=("seq-jepa", "byol", "cond-byol", "conv-jepa", *REGION_METHODS))
 VIT = dict(method=REGION_METHODS)
 DSEQ = dict(method=("dseq-jepa", "dseq-c-jepa"))
+# Where parts of a batch add up to the batch: no BatchNorm, no statistics of a batch in the loss.
+ADDITIVE = dict(method=("dseq-jepa", "i-jepa"))
 SOLIDS = dict(dataset=("solids",))
 FETCHED = dict(dataset=("stl10", "cifar10", "cifar100"))
 FILES = dict(dataset=("tiny-imagenet", "3diebench", "imagenet", "folder", "clevr-count",
@@ -215,6 +217,9 @@ class Config:
     epochs: int = flag(DEFAULT_EPOCHS, "passes over the data", low=1, high=MOST_EPOCHS,
                        section="Optimisation (Sec. 4.2)")
     batch_size: int = flag(512, "sequences per step", low=2, high=1_000_000)
+    accumulate: int = flag(1, "a step goes through the model in K parts, whose gradients add up to "
+                              "those of the batch: less memory", low=1, high=1_000_000,
+                           metavar="K", of=ADDITIVE)
     lr: float = flag(4e-4, "peak learning rate", low=0, above=True, high=1000)
     lr_start: float = flag(1e-5, "learning rate at the first step", low=0, high=1000)
     lr_end: float = flag(1e-5, "learning rate at the last step", low=0, high=1000)

@@ -217,7 +217,8 @@ class RegionJEPA(nn.Module):
         step_loss, predicted = self.step_losses(z_hat, index, plan, h)
         steps = predicted.sum(1)                                            # that an image has
         image_loss = step_loss.sum(1) / steps.clamp(min=1)                  # Eqs. 6, 7
-        loss = image_loss.sum() / images_with_a_step(steps)
+        learned_from = images_with_a_step(steps)
+        loss = image_loss.sum() / learned_from.clamp(min=1 / world_size())
         if self.vicreg:
             x, y, counts = self.image_means(z_hat, index, plan, h)
             terms = vicreg_terms(gather(x), gather(y), gather(counts))      # of the global batch
@@ -225,7 +226,7 @@ class RegionJEPA(nn.Module):
         logs = dict(steps=steps.float().mean())
         if saliency is not None:
             logs |= where_salient(saliency, self.encoder.grid)
-        return Output(loss, tokens, tokens.mean(1), logs)
+        return Output(loss, tokens, tokens.mean(1), logs, weight=learned_from / len(steps))
 
     def look(self, batch):
         """What the target encoder sees in whole images.
@@ -321,12 +322,11 @@ class RegionJEPA(nn.Module):
 
 
 def images_with_a_step(steps):
-    """How many images of the batch have a step to learn from, at least one; steps (B,) of each.
+    """How many images of the batch have a step to learn from; steps (B,) of each.
 
     Of several processes: the mean of their numbers. DDP averages gradients over processes, which
     with this divisor gives the mean over all images of the global batch that have a step."""
-    count = (steps > 0).sum().float()
-    return average(dict(count=count))["count"].clamp(min=1 / world_size())
+    return average(dict(count=(steps > 0).sum().float()))["count"]
 
 
 def targets(h, index, plan):

@@ -132,7 +132,7 @@ def protocol(mode):
 VARIED = ("dataset", "mode", "method", "encoder", "condition", "views")     # by the papers' tables
 # Fields of Config that change nothing of what is learned, but by chance.
 NOT_LEARNED = ("data_dir", "download", "workers", "resident", "keep_every", "seed", "device", "amp",
-               "compile", "probe_every", "out", "name", "resume")
+               "compile", "probe_every", "out", "name", "resume", "accumulate")
 
 
 def as_published(config):

@@ -34,6 +34,8 @@ class Output(NamedTuple):
                             # patch tokens (B, P, D) and z_agg their mean (B, D).  Both are watched
                             # for collapse
     logs: dict              # {name: scalar tensor}: averaged over an epoch, then in metrics.csv
+    weight: torch.Tensor = None     # scalar, of what share of the samples the loss is the mean;
+                                    # None: of a loss that no parts of a batch add up to
 
 
 class ActionEmbedding(nn.Module):

@@ -21,8 +21,10 @@ import config as settings
 from build import build_model, build_views
 from evaluate import online, protocol
 from figures.sequences import draw_curves
+from jepa import Output
 from plumbing.device import refuse_giant
-from plumbing.loop import Run, launch, next_batch
+from plumbing.distributed import unaveraged
+from plumbing.loop import Run, launch, micro_batches, next_batch
 
 
 def train(config):
@@ -35,22 +37,61 @@ def train(config):
     forward = run.begin(model, optimizer, rates)
     for step in run.steps():
         batch = next_batch(run.views, config, step, run.epoch_steps)
-        out = training_step(model, batch, optimizer, rates(step), forward)
+        out = training_step(model, batch, optimizer, rates(step), forward, config.accumulate)
         run.record(step, out)
     return run.finish()
 
 
-def training_step(model, batch, optimizer, rates, forward=None):
+def training_step(model, batch, optimizer, rates, forward=None, accumulate=1):
     """One update of the model and of its target encoder from a batch; returns the Output.
 
-    forward: how the batch goes through the model, if not by `model(batch)`: under autocast, say."""
+    forward: how the batch goes through the model, if not by `model(batch)`: under autocast, say.
+    accumulate: K, the batch goes through it in K parts, one after another."""
     set_rates(optimizer, rates)
-    out = (forward or model)(batch)
     optimizer.zero_grad(set_to_none=True)
-    out.loss.backward()
+    out = backward(model, batch, forward or model, accumulate)
     optimizer.step()
     model.update_target(rates.tau)
     return out
+
+
+def backward(model, batch, forward, K):
+    """Give the model the gradients of the batch's loss; returns the Output.
+
+    With K > 1 parts the loss of the batch is the mean of theirs, each weighted by how many of its
+    samples have a loss. What the weights add up to is known after the last part, so gradients of
+    weight * loss are gathered, and divided then. Neither waits for the device."""
+    if K == 1:
+        out = forward(batch)
+        out.loss.backward()
+        return out
+    *early, last = micro_batches(batch, K)
+    with unaveraged(forward):
+        outputs = [add_gradients(forward(part)) for part in early]
+    outputs.append(add_gradients(forward(last)))
+    whole = joined(outputs)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, 1 / (K * whole.weight).clamp(min=1e-12))
+    return whole
+
+
+def add_gradients(out):
+    """Add those of weight * loss to what the parameters have; returns the Output, without graph."""
+    (out.weight * out.loss).backward()
+    return out._replace(loss=out.loss.detach())
+
+
+def joined(outputs):
+    """The Output of a batch from those of its parts, which are equally large."""
+    weights = torch.stack([out.weight for out in outputs])
+    losses = torch.stack([out.loss for out in outputs])
+    logs = {}
+    for name in outputs[0].logs:
+        logs[name] = torch.stack([out.logs[name] for out in outputs]).mean()
+    return Output(loss=(weights * losses).sum() / weights.sum().clamp(min=1e-12),
+                  z=torch.cat([out.z for out in outputs]),
+                  z_agg=torch.cat([out.z_agg for out in outputs]),
+                  logs=logs, weight=weights.mean())
 
 
 # ---------------------------------------------------------------- the optimiser

@@ -114,6 +114,8 @@ def under_autocast(model, device, enabled):
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             return model(batch)
 
+    if hasattr(model, "no_sync"):                   # of several processes, for accumulation
+        forward.no_sync = model.no_sync
     return forward
 
 

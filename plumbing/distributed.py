@@ -11,6 +11,7 @@ Two kinds of traffic. Between hosts, through gloo: who is first, who failed, whe
 devices: gradients, batch statistics, metrics; none of that makes a host wait for its device.
 Checked in tests/test_distributed.py: two processes give the gradients of one.
 """
+import contextlib
 import datetime
 import os
 import sys
@@ -313,3 +314,10 @@ def data_parallel(model):
         # Buffers are equal on all ranks, as GlobalBatchNorm keeps them.
         return nn.parallel.DistributedDataParallel(model, process_group=_device_group,
                                                    broadcast_buffers=False)
+
+
+def unaveraged(forward):
+    """A context: backward() adds up a rank's own gradients. The next one outside averages them all.
+
+    forward: what plumbing.loop.Run.begin returned. Alone, or for any other function: nothing."""
+    return getattr(forward, "no_sync", contextlib.nullcontext)()

@@ -11,6 +11,7 @@
                                     moves on to the next step
     run.finish()                    the last words, and the exit status
     next_batch(views, ...)          a step's samples, under the step's own seed
+    micro_batches(batch, K)         the same in K parts
 
 Nothing in here is about JEPA. What a run's folder holds: runs.py; several processes:
 distributed.py. Step t draws its views and its dropout from (seed, epoch, step, rank) alone, so a
@@ -233,8 +234,9 @@ class Run:
         return f"(learning rate {self.rates(step).lr:.2g}); {kept}"
 
     def trial_batch(self, i):
-        """A batch to try the compiler on."""
-        return next_batch(self.views, self.config, self.step + i, self.epoch_steps)
+        """A batch to try the compiler on, as large as those that go through the model."""
+        batch = next_batch(self.views, self.config, self.step + i, self.epoch_steps)
+        return micro_batches(batch, self.config.accumulate)[0]
 
 
 def prepare(config, build_views):
@@ -246,6 +248,10 @@ def prepare(config, build_views):
     if config.batch_size % processes:
         raise BadInput(f"--batch-size {config.batch_size}: cannot be split evenly over {processes} "
                        "processes; choose a multiple of their number")
+    share = config.batch_size // processes
+    if share % config.accumulate:
+        raise BadInput(f"--accumulate {config.accumulate}: does not divide the {share:,} samples "
+                       "that a process has of --batch-size; change one of them")
     device = distributed.own_device(pick_device(config.device))
     views = build_views(config, "pretrain", device)
     if len(views) < config.batch_size:
@@ -320,6 +326,12 @@ def next_batch(views, config, step, epoch_steps):
     last_step = max(1, config.epochs * epoch_steps - 1)
     progress = torch.full((), step / last_step, device=views.device)
     return views(index, config.views)._replace(progress=progress)
+
+
+def micro_batches(batch, K):
+    """A Batch in K parts of equal size, in its order. Scalars are those of the whole."""
+    parts = [x.chunk(K) if x.dim() else [x] * K for x in batch]
+    return [type(batch)(*columns) for columns in zip(*parts)]
 
 
 def seeded_index(views, config, step, epoch_steps):

@@ -32,7 +32,7 @@ FORMAT = "seq-jepa checkpoint"
 VERSION = 1
 # Settings that may change between a run and its --resume.
 MAY_CHANGE = {"resume", "workers", "device", "amp", "compile", "data_dir", "download", "out",
-              "probe_every", "keep_every", "resident", "name"}
+              "probe_every", "keep_every", "resident", "name", "accumulate"}
 FILES = ("config.json", "metrics.csv", "encoder.pt", "last.pt", "previous.pt", "curves.png", LOCK)
 PARTS = dict(config=dict, step=int, meters=dict, model=dict, optimizer=dict)    # of a checkpoint
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -84,6 +84,9 @@ CASES = {
     **{method: dict(REGIONS, method=method) for method in settings.REGION_METHODS},
     "dseq-jepa grad-cam": dict(REGIONS, method="dseq-jepa", proxy="grad-cam", cls=False),
     "dseq-jepa flat": dict(REGIONS, method="dseq-jepa", order="flat"),
+    # In parts; alone, in one.
+    "dseq-jepa in parts": dict(REGIONS, method="dseq-jepa", accumulate=2),
+    "i-jepa in parts": dict(REGIONS, method="i-jepa", accumulate=4),
 }
 
 
@@ -98,7 +101,8 @@ def setup(case, photos, tmp_path):
     model = build_model(config, views.groups).train()
     seed_all(1)
     batch = views(torch.arange(8), min(2, config.views))._replace(progress=torch.tensor(0.5))
-    if "dseq" in config.method:             # the first three, all rank 0's, have no step
+    if "dseq" in config.method:         # the first three, all rank 0's, have no step: neither has
+                                        # one half of what rank 0 sees
         batch.actions[:3] = config.region_count
         batch.params[:3] = 0.9
     # no residual branch and no token is left at its initial zero
@@ -112,7 +116,7 @@ def setup(case, photos, tmp_path):
             module.p = 0.0
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
-    return model, batch
+    return model, batch, config.accumulate
 
 
 def share(batch):
@@ -121,12 +125,12 @@ def share(batch):
     return Batch(*(x[distributed.rank() * b:][:b] if x.dim() else x for x in batch))
 
 
-def gradients(model, batch):
-    """(loss, gradients, buffers) after one backward pass over the global batch."""
+def gradients(model, batch, K):
+    """(loss, gradients, buffers) after one backward pass over the global batch, in K parts."""
+    K = K if distributed.world_size() > 1 else 1
     model = distributed.globalise_batchnorm(model)
     parallel = distributed.data_parallel(model)
-    out = parallel(share(batch))
-    out.loss.backward()
+    out = train.backward(model, share(batch), parallel, K)
     loss = distributed.average(dict(loss=out.loss.detach()))["loss"]
     buffers = {k: v for k, v in model.named_buffers() if v.is_floating_point()}
     return (

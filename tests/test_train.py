@@ -1,4 +1,5 @@
 """Schedules at their corners, exact resume, signals, and the command users type."""
+import contextlib
 import csv
 import functools
 import math
@@ -16,8 +17,11 @@ from same import same
 
 import train
 from build import build_model
+from images import Batch
+from jepa import Output
 from plumbing import loop
-from plumbing.loop import epoch_order
+from plumbing.device import under_autocast
+from plumbing.loop import epoch_order, micro_batches
 from plumbing.runs import load_checkpoint
 from train import build_optimizer, lr_at, tau_at, weight_decay_at
 
@@ -111,6 +115,116 @@ def test_biases_norms_and_agg_are_not_decayed(make_config):
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(decayed["params"]) + len(free["params"]) == len(trained)
+
+
+# ---------------------------------------------------------------- a batch in parts
+
+def region_model_and_batch(make_config, size=8, **changes):
+    """A model, and a batch whose first five images have a single region: no step."""
+    config = make_config("folder", "regions", encoder="vit-nano", image_size=32, patch_size=8,
+                         min_patches=2, predictor_depth=1, **changes)
+    model = build_model(config, {}).train()
+    blocks = torch.randint(1, config.region_count + 1, (size, 1, 16))
+    blocks[:5] = config.region_count
+    if config.method == "i-jepa":
+        blocks = torch.stack([torch.arange(16) // 8 == part for part in (0, 1, 1, 1, 1)])
+        blocks = blocks.long().expand(size, 5, 16)
+    labels = torch.zeros(size, dtype=torch.int64)
+    images = torch.randn(size, 1, 3, 32, 32)
+    return model, Batch(images, blocks, torch.full((size, 1), 0.9), labels, torch.tensor(0.5))
+
+
+def gradients_of(model, batch, K):
+    model.zero_grad()
+    out = train.backward(model, batch, model, K)
+    gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return out, gradients
+
+
+@pytest.mark.parametrize("changes", [
+    dict(method="dseq-jepa"),
+    dict(method="dseq-jepa", order="flat"),
+    dict(method="dseq-jepa", proxy="grad-cam", cls=False),
+    dict(method="i-jepa"),
+])
+def test_gradients_of_parts_add_up_to_those_of_the_batch(changes, make_config):
+    """Though parts differ in how many of their images have a step, and some have none."""
+    model, batch = region_model_and_batch(make_config, **changes)
+    whole, expected = gradients_of(model, batch, 1)
+    for K in (2, 4, 8):
+        out, found = gradients_of(model, batch, K)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            rounding = 1e-5 * gradient.abs().max().item()
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=rounding + 1e-8)
+        torch.testing.assert_close(out.loss, whole.loss.detach())
+        torch.testing.assert_close(out.weight, whole.weight)
+        torch.testing.assert_close(out.z, whole.z, atol=1e-5, rtol=1e-5)
+        assert out.logs.keys() == whole.logs.keys()
+        for name, value in whole.logs.items():
+            torch.testing.assert_close(out.logs[name], value)
+
+
+def test_the_mean_of_the_parts_means_would_be_another_loss(make_config):
+    """What the test above would not see if all images had a step."""
+    model, batch = region_model_and_batch(make_config)
+    losses = [model(part).loss for part in micro_batches(batch, 2)]
+    assert losses[0] == 0 and abs(sum(losses) / 2 - model(batch).loss) > 0.1 * model(batch).loss
+
+
+def test_a_batch_without_any_step_gives_zeros_in_parts_too(make_config):
+    model, batch = region_model_and_batch(make_config, size=4)
+    out, found = gradients_of(model, batch, 2)
+    assert out.loss == 0 and all((gradient == 0).all() for gradient in found.values())
+
+
+def test_all_parts_but_the_last_are_kept_from_other_processes():
+    """DDP's `no_sync`, around forward and backward pass, through the function that trains."""
+    class Parallel(torch.nn.Linear):
+        together = True
+        seen = ()
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.together = False
+            yield
+            self.together = True
+
+        def forward(self, batch):
+            loss = super().forward(batch.views).mean()
+            loss.register_hook(lambda _: self.note("backward"))
+            self.note("forward")
+            return Output(loss, batch.views, batch.views, {}, torch.tensor(1.0))
+
+        def note(self, what):
+            self.seen += ((what, self.together),)
+
+    model = Parallel(2, 2)
+    batch = Batch(*(torch.ones(6, 2) for _ in range(4)), torch.tensor(0.5))
+    forward = under_autocast(model, torch.device("cpu"), enabled=False)
+    train.backward(model, batch, forward, 3)
+    alone = (("forward", False), ("backward", False))
+    assert model.seen == (*alone, *alone, ("forward", True), ("backward", True))
+
+
+def test_a_run_in_parts_is_the_run(photos, tmp_path, capsys):
+    """The same views; metrics and weights to rounding; and another K may resume it."""
+    rows = {}
+    for K in ("1", "4"):
+        assert train.main(command("regions", photos, tmp_path, "--name", K, "--accumulate", K)) == 0
+        rows[K] = rows_without_speed(tmp_path / "runs" / K)
+    assert [row.keys() for row in rows["1"]] == [row.keys() for row in rows["4"]]
+    for one, four in zip(rows["1"], rows["4"]):
+        for name, value in one.items():
+            assert float(four[name]) == pytest.approx(float(value), rel=1e-3, nan_ok=True), name
+    one, four = (load_checkpoint(tmp_path / "runs" / K / "last.pt")["model"] for K in ("1", "4"))
+    for name, weights in one.items():
+        # AdamW divides by the size of a gradient: of one that is all rounding, the step is not
+        assert (weights - four[name]).abs().mean() < 1e-4
+    argv = command("regions", photos, tmp_path, "--name", "4", "--accumulate", "2", "--resume")
+    assert train.main(argv) == 0
+    assert train.main(command("regions", photos, tmp_path, "--accumulate", "3")) == 2
+    assert "--accumulate 3: does not divide the 8 samples" in capsys.readouterr().err
 
 
 def test_every_sample_once_an_epoch_in_an_order_of_seed_and_epoch():
