@@ -76,6 +76,13 @@ PRESETS = {
 REGIONS = dict(epochs=600, batch_size=2048, lr=1e-3, lr_start=2e-4, lr_end=1e-6, warmup_epochs=15,
                weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_shape="linear",
                max_region=0.2)
+# --recipe -> what differs from that.  "authors": in the settings that come with the authors' code,
+# which are of ViT-B/16 and count blocks from 0.  For the rest they agree.
+RECIPES = {
+    "paper": {},
+    "authors": dict(recipe="authors", lr=8e-4, lr_end=1e-4, predictor_width=768,
+                    saliency_block=11),
+}
 # --projector of a baseline -> what differs from the defaults of Config.  Sec. 4.2.  With an MLP:
 # Adam, which AdamW is where nothing decays, at a constant rate
 PROJECTORS = {
@@ -125,6 +132,7 @@ EMBEDDED = dict(method=("seq-jepa", "sen", "equimod", "cond-byol", "conv-jepa"))
 EMA = dict(method=("seq-jepa", "byol", "cond-byol", "conv-jepa", *REGION_METHODS))
 VIT = dict(method=REGION_METHODS)
 DSEQ = dict(method=("dseq-jepa", "dseq-c-jepa"))
+SALIENT = DSEQ | dict(regions=("otsu", "otsu-refill"))      # regions come from saliency
 # Where parts of a batch add up to the batch: no BatchNorm, no statistics of a batch in the loss.
 ADDITIVE = dict(method=("dseq-jepa", "i-jepa"))
 SOLIDS = dict(dataset=("solids",))
@@ -197,14 +205,15 @@ class Config:
                                "in proportion on smaller grids")
     max_region: float = flag(1.0, "a region's largest share of the image: larger ones are cut, "
                                   "most salient patches first; 1 = no bound",
-                             low=0, above=True, high=1, of=DSEQ)
+                             low=0, above=True, high=1, of=SALIENT)
     proxy: str = flag("cls", "source of saliency: cls, similarity to [CLS]; grad-cam (Eq. 8)",
-                      choices=("cls", "grad-cam"), of=DSEQ)
+                      choices=("cls", "grad-cam"), of=SALIENT)
     polarity: str = flag("paper", "sign of saliency; paper: as it comes; border: the one by which "
                                   "the border is less salient (ours)",
-                         choices=("paper", "border"), of=DSEQ)
+                         choices=("paper", "border"), of=SALIENT | dict(proxy=("cls",)))
     saliency_block: int = flag(0, "l, the block whose tokens give the saliency, from 1 up; "
-                                  "0 = 10 of 12, scaled to the encoder's depth", of=VIT)
+                                  "0 = 10 of 12, scaled to the encoder's depth",
+                              of=SALIENT | dict(proxy=("cls",)))
     cls: bool = flag(None, "a [CLS] token (Table 6); None: of dseq-jepa and dseq-c-jepa, whose "
                            "saliency comes from it", of=VIT)
     predictor_width: int = flag(0, "width of the region predictor; 0 = as I-JEPA for this encoder",
@@ -216,6 +225,9 @@ class Config:
 
     epochs: int = flag(DEFAULT_EPOCHS, "passes over the data", low=1, high=MOST_EPOCHS,
                        section="Optimisation (Sec. 4.2)")
+    recipe: str = flag("paper", "whose numbers are the defaults of mode regions: the paper's, with "
+                                "I-JEPA's where they are lost; or those of the authors' settings",
+                       choices=tuple(RECIPES), of=VIT | dict(encoder=("vit-base",)))
     batch_size: int = flag(512, "sequences per step", low=2, high=1_000_000)
     accumulate: int = flag(1, "a step goes through the model in K parts, whose gradients add up to "
                               "those of the batch: less memory", low=1, high=1_000_000,
@@ -285,10 +297,10 @@ class Config:
 
 # ---------------------------------------------------------------- from flags to a Config
 
-def preset(dataset, mode, quick=False, method=None, projector="mlp"):
+def preset(dataset, mode, quick=False, method=None, projector="mlp", recipe="paper"):
     """Settings of (data set, mode) that differ from Config's own defaults.
 
-    method: None takes the mode's first.  projector: of the baselines."""
+    method: None takes the mode's first.  projector: of the baselines.  recipe: of mode regions."""
     if mode not in {m for _, m in PRESETS}:
         raise BadInput(f"mode {mode} has no row in config.PRESETS; add one for each data set")
     if (dataset, mode) not in PRESETS:
@@ -299,10 +311,10 @@ def preset(dataset, mode, quick=False, method=None, projector="mlp"):
     values = dict(dataset=dataset, mode=mode, method=method,
                   condition=default_condition(mode, method))
     if mode == "regions":
-        values |= REGIONS
+        values |= REGIONS | RECIPES.get(recipe, {})         # if there is none, the parser says so
     values |= PRESETS[dataset, mode]
     if method in BASELINES:
-        values |= PROJECTORS.get(projector, {})             # if there is none, the parser says so
+        values |= PROJECTORS.get(projector, {})
     if method in PAIR_METHODS:
         values["views"] = 1
     if quick:
@@ -319,14 +331,16 @@ def from_command_line(argv=None):
     first.add_argument("--mode", default="saccade")
     first.add_argument("--method")
     first.add_argument("--projector", default="mlp")
+    first.add_argument("--recipe", default="paper")
     first.add_argument("--quick", action="store_true")
     chosen, _ = first.parse_known_args(argv)
     values = {}
     if chosen.dataset in DATASETS and chosen.mode in MODES:     # if not, the full parser says so
-        values = preset(chosen.dataset, chosen.mode, chosen.quick, chosen.method, chosen.projector)
+        values = preset(chosen.dataset, chosen.mode, chosen.quick, chosen.method, chosen.projector,
+                        chosen.recipe)
     about = ("Pre-train a seq-JEPA or DSeq-JEPA world model, or a baseline. The defaults shown are "
-             "those of the --dataset, --mode, --method, --projector and --quick that are typed "
-             "with --help.")
+             "those of the --dataset, --mode, --method, --projector, --recipe and --quick that are "
+             "typed with --help.")
     if values:
         mode = MODES[chosen.mode]
         about += (f" Mode {chosen.mode} offers --condition {', '.join(mode.conditions)} and "
@@ -336,6 +350,9 @@ def from_command_line(argv=None):
     typed = vars(parser.parse_args(argv))
     config = check(Config(**values | typed))
     flags.refuse_ignored(typed, config, readers)
+    if config.regions == "random" and config.order in ("random", "inverse"):
+        raise BadInput(f"--order {config.order}: random blocks come in random order anyway; leave "
+                       "it out with --regions random")
     if config.regions == "otsu" and typed.keys() & {"region_count", "order"}:
         print("note: with --regions otsu few images have all their regions (without --max-region "
               "most have one), so that --region-count and --order hardly matter; otsu-refill "
@@ -450,9 +467,6 @@ def check_regions(c):
     if "dseq" in c.method and not c.cls and c.proxy == "cls" and c.regions != "random":
         raise BadInput("--no-cls: regions come from [CLS]; "
                        "add --proxy grad-cam or --regions random")
-    if c.polarity == "border" and (c.proxy == "grad-cam" or c.regions == "random"):
-        raise BadInput("--polarity border: is for saliency from [CLS]; leave it out with "
-                       "--proxy grad-cam and --regions random")
     P = (c.image_size // c.patch_size) ** 2
     width, depth = PREDICTORS[c.encoder]
     c = dataclasses.replace(c, predictor_width=c.predictor_width or width,
@@ -498,6 +512,8 @@ def default_name(c):
         parts.append(c.method)
     if c.method in BASELINES and c.projector != "mlp":
         parts.append(c.projector)
+    if c.recipe != "paper":
+        parts.append(c.recipe)
     return "-".join(parts)
 
 

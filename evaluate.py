@@ -141,7 +141,7 @@ def as_published(config):
     Fixations were drawn from DeepGaze's saliency maps, computed or published; ours are others."""
     varied = {name: getattr(config, name) for name in VARIED}
     preset = settings.preset(config.dataset, config.mode, method=config.method,
-                             projector=config.projector)
+                             projector=config.projector, recipe=config.recipe)
     preset = settings.Config(**preset | varied)
     if config.encoder == "vit-huge":
         preset = dataclasses.replace(preset, image_size=448, epochs=300)

@@ -104,6 +104,24 @@ def test_one_line_says_that_one_threshold_leaves_little_to_order(flags, noted, c
     assert printed.count("\n") == printed.startswith("note: with --regions otsu") == noted
 
 
+def test_random_blocks_take_the_orders_that_mean_something_to_them():
+    for order in ("flat", "spatial", "truncated"):
+        line = f"--dataset imagenet --mode regions --regions random --order {order}"
+        assert parsed(line).order == order
+
+
+def test_the_authors_recipe_differs_from_the_paper_s_in_four_numbers_and_its_name():
+    paper = dataclasses.asdict(parsed("--dataset imagenet --mode regions"))
+    authors = parsed("--dataset imagenet --mode regions --recipe authors")
+    found = dataclasses.asdict(authors)
+    changed = {name: found[name] for name in found if found[name] != paper[name]}
+    assert changed == dict(recipe="authors", lr=8e-4, lr_end=1e-4, predictor_width=768,
+                           saliency_block=11, name="imagenet-regions-authors")
+    assert (authors.lr_start, authors.weight_decay, authors.weight_decay_end) == (2e-4, 0.04, 0.4)
+    assert (authors.epochs, authors.batch_size, authors.warmup_epochs) == (600, 2048, 15)
+    assert parsed("--dataset imagenet --mode regions --recipe authors --lr 1e-3").lr == 1e-3
+
+
 def test_typed_flags_win_over_quick_and_quick_over_the_preset():
     c = parsed("--dataset stl10 --quick --epochs 3 --width 8")
     assert (
@@ -183,8 +201,12 @@ def test_help_shows_the_values_of_the_chosen_preset(capsys):
         ),
         ("--dataset imagenet --mode regions --max-region 0", "--max-region 0.0: must be above 0"),
         (
-            "--dataset imagenet --mode regions --polarity border --regions random",
-            "--polarity border: is for saliency from [CLS]",
+            "--dataset imagenet --mode regions --regions random --order inverse",
+            "--order inverse: random blocks come in random order anyway",
+        ),
+        (
+            "--dataset imagenet --mode regions --regions random --order random",
+            "--order random: random blocks come in random order anyway",
         ),
         ("--encoder vit-base", "--encoder vit-base: method seq-jepa offers"),
         ("--method i-jepa", "--method i-jepa: mode saccade offers seq-jepa"),
@@ -259,6 +281,38 @@ def test_unknown_flags_and_values_are_refused(line, tmp_path, capsys, monkeypatc
             "--ior: mode augment does not read it, only saccade",
         ),
         ("--region-count 3", "--region-count: mode saccade does not read it, only regions"),
+        *[
+            (
+                f"--dataset imagenet --mode regions --regions random {flag}",
+                f"{flag.split()[0]}: regions random does not read it, only otsu, otsu-refill",
+            )
+            for flag in ("--max-region 0.3", "--polarity border", "--proxy grad-cam",
+                         "--saliency-block 9")
+        ],
+        *[
+            (
+                f"--dataset imagenet --mode regions --proxy grad-cam {flag}",
+                f"{flag.split()[0]}: proxy grad-cam does not read it, only cls",
+            )
+            for flag in ("--polarity border", "--saliency-block 9")
+        ],
+        (
+            "--dataset imagenet --mode regions --method i-jepa --saliency-block 9",
+            "--saliency-block: method i-jepa does not read it, only dseq-jepa, dseq-c-jepa",
+        ),
+        (
+            "--dataset imagenet --mode regions --encoder vit-large --recipe authors",
+            "--recipe: encoder vit-large does not read it, only vit-base",
+        ),
+        ("--recipe authors", "--recipe: method seq-jepa does not read it"),
+        *[
+            (
+                f"--dataset imagenet --mode regions --method {method} --accumulate 2",
+                f"--accumulate: method {method} does not read it, only dseq-jepa, i-jepa",
+            )
+            for method in ("c-jepa", "dseq-c-jepa")
+        ],
+        ("--accumulate 2", "--accumulate: method seq-jepa does not read it"),
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(line, words, tmp_path, capsys, monkeypatch):

@@ -178,6 +178,13 @@ def test_the_paper_s_numbers_are_beside_the_paper_s_settings_alone():
     assert evaluate.paper_numbers(settings.check(settings.Config(**large))) == {}
     large = settings.check(settings.Config(**large | dict(image_size=448, epochs=300)))
     assert list(evaluate.paper_numbers(large).values()) == [82.4, 87.8]
+    base = settings.check(settings.Config(**settings.preset("imagenet", "regions")))
+    authors = settings.preset("imagenet", "regions", recipe="authors")
+    authors = settings.check(settings.Config(**authors))
+    assert evaluate.paper_numbers(authors) == evaluate.paper_numbers(base) != {}
+    assert evaluate.paper_numbers(dataclasses.replace(authors, lr=1e-3)) == {}
+    assert evaluate.paper_numbers(dataclasses.replace(base, lr=8e-4)) == {}
+    assert evaluate.paper_numbers(dataclasses.replace(base, accumulate=8)) != {}
 
 
 ANOTHER = {int: 7, float: 0.123, str: "another", bool: None}      # values that the preset has not
