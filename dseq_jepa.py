@@ -188,6 +188,8 @@ class RegionJEPA(nn.Module):
     block: l, the target encoder's block that saliency is read from, from 1 up. The authors' code
         counts blocks from 0, and its settings say depth 10: there that is our block 11."""
 
+    revision = 2        # 1: the predictor was given [CLS] as well; see runs.refuse_other_revision
+
     def __init__(self, encoder, predictor, plan, block, vicreg=0.0):
         super().__init__()
         self.encoder = encoder

@@ -111,6 +111,7 @@ class Run:
         self.step = 0
         self.meters = Meters(self.device, self.when)
         if self.checkpoint:
+            runs.refuse_other_revision(model, self.checkpoint, config.run_dir)
             runs.restore(model, self.checkpoint)
             runs.restore_optimizer(optimizer, self.checkpoint)
             self.step = self.checkpoint["step"]
@@ -149,6 +150,8 @@ class Run:
         self.meters.add(step, loss=out.loss.detach(), **out.logs)
         self.step = step + 1
         self.clock.count += self.images_per_step
+        if self.checkpoint and step == self.checkpoint["step"]:
+            distributed.on_main(self.look_at_columns, self.row(out))
         if self.step % LOOK_STEPS == 0:
             self.bar.set_postfix(loss=f"{self.meters.means()['loss']:.4f}")
         if self.step % self.epoch_steps == 0:
@@ -158,13 +161,22 @@ class Run:
 
     def end_epoch(self, out):
         """Write the epoch's line of metrics.csv, with a warning if features have collapsed."""
-        means = self.meters.means()         # waits for the steps under way: the clock counts them
-        rates = self.rates(self.step - 1)
-        row = dict(epoch=self.step // self.epoch_steps, step=self.step, **means, lr=rates.lr,
-                   tau=rates.tau, **health(out), images_per_second=self.clock.lap())
-        distributed.on_main(self.write_epoch, row)
+        distributed.on_main(self.write_epoch, self.row(out))
         self.meters = Meters(self.device, self.when)
         self.clock = Stopwatch()            # a fresh clock: probes are not training time
+
+    def row(self, out):
+        """What a line of metrics.csv says at this step, but for probes."""
+        means = self.meters.means()         # waits for the steps under way: the clock counts them
+        rates = self.rates(self.step - 1)
+        return dict(epoch=self.step // self.epoch_steps, step=self.step, **means, lr=rates.lr,
+                    tau=rates.tau, **health(out), images_per_second=self.clock.lap())
+
+    def look_at_columns(self, row):
+        """After the first step of a resumed run, not after its first epoch: refuse a metrics.csv
+        of other columns."""
+        row |= self.each_epoch(self.model, self.probe_views, self.config, self.device, due=False)
+        runs.refuse_other_columns(self.config.run_dir / "metrics.csv", row)
 
     def write_epoch(self, row):
         """Of end_epoch, what rank 0 does while the others wait."""

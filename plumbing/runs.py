@@ -126,7 +126,7 @@ def save_checkpoint(config, model, optimizer, step, meters, images=None):
     folder = config.run_dir
     encoder = model.representation.state_dict()
     state = dict(format=FORMAT, version=VERSION, config=dataclasses.asdict(config),
-                 step=step, meters=meters, images=images,
+                 revision=revision_of(model), step=step, meters=meters, images=images,
                  model=model.state_dict(), optimizer=optimizer.state_dict())
     try:        # encoder.pt first: once last.pt says that the run is done, nothing may be missing
         save_atomically(folder / "encoder.pt", lambda part: _torch_save(encoder, part))
@@ -249,6 +249,24 @@ def restore(model, checkpoint):
     model.load_state_dict(checkpoint["model"])
 
 
+def revision_of(model):
+    """A model's own number for how it learns, 1 if it has none.
+
+    Raise it, `revision` of its class, with every change by which a run of the same settings and
+    weights would go on otherwise."""
+    return getattr(model, "revision", 1)
+
+
+def refuse_other_revision(model, checkpoint, folder):
+    """Raises BadInput if a run would go on as one that learns otherwise than it did so far."""
+    before = checkpoint.get("revision", 1)
+    now = revision_of(model)
+    if before != now:
+        raise BadInput(f"--resume: {folder} was begun by code whose {type(model).__name__} learns "
+                       f"otherwise (revision {before!s:.20}, here {now}); go on with that code, or "
+                       "start a new --name")
+
+
 def _shapes(state):
     """{name: words for a tensor's type and shape}"""
     return {name: f"{value.dtype} {tuple(value.shape)}" for name, value in state.items()}
@@ -300,11 +318,18 @@ def append_metrics(path, row):
                 writer.writeheader()
             writer.writerow(row)
 
-    header, _ = _metrics(path)
-    if header and header != list(row):
-        raise BadInput(f"{path}: has the columns {','.join(header):.60}..., this code writes "
-                       f"{','.join(row):.60}...; move the file away, then --resume")
+    refuse_other_columns(path, row)
     save_atomically(path, write)
+
+
+def refuse_other_columns(path, row):
+    """Raises BadInput if metrics.csv is there and has other columns than this row, {column: ...}"""
+    header, _ = _metrics(path)
+    different = [name for name in (*header, *row) if (name in header) != (name in row)]
+    if header and header != list(row):
+        words = ", ".join(different) or "in another order"
+        raise BadInput(f"{path}: has other columns than this code writes ({words:.80}); move the "
+                       "file away, then --resume")
 
 
 def read_metrics(path):

@@ -291,6 +291,48 @@ def test_resuming_on_other_images_says_so(photos, tmp_path, capsys):
     assert "does not hold the images" in resumed(moved)
 
 
+def test_a_run_whose_model_learned_otherwise_does_not_go_on(photos, tmp_path, capsys):
+    """As one of mode regions from before [CLS] left the predictor: the same settings, weights that
+    fit, and no `revision`."""
+    assert train.main(command("regions", photos, tmp_path, "--name", "old")) == 0
+    folder = tmp_path / "runs" / "old"
+    checkpoint = load_checkpoint(folder / "last.pt")
+    assert checkpoint.pop("revision") == 2
+    torch.save(checkpoint | dict(step=8), folder / "last.pt")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    assert train.main(command("regions", photos, tmp_path, "--name", "old", "--resume")) == 2
+    error = capsys.readouterr().err
+    assert "was begun by code whose RegionJEPA learns otherwise (revision 1, here 2)" in error
+    assert error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    # A model that never changed has no number, nor had its checkpoints.
+    assert train.main(command("saccade", photos, tmp_path, "--name", "same")) == 0
+    folder = tmp_path / "runs" / "same"
+    checkpoint = load_checkpoint(folder / "last.pt")
+    del checkpoint["revision"]
+    torch.save(checkpoint | dict(step=8), folder / "last.pt")
+    assert train.main(command("saccade", photos, tmp_path, "--name", "same", "--resume")) == 0
+
+
+def test_other_columns_are_refused_after_a_step_not_after_an_epoch(
+    photos, tmp_path, monkeypatch, capsys
+):
+    argv = command("saccade", photos, tmp_path, "--name", "run")
+    assert train.main(argv) == 0
+    folder = tmp_path / "runs" / "run"
+    torch.save(load_checkpoint(folder / "last.pt") | dict(step=4), folder / "last.pt")
+    metrics = (folder / "metrics.csv").read_text()
+    (folder / "metrics.csv").write_text(metrics.replace("z_std", "z_deviation"))
+    steps = []
+    original = train.next_batch
+    monkeypatch.setattr(train, "next_batch", lambda views, config, step, epoch_steps: (
+        steps.append(step), original(views, config, step, epoch_steps))[1])
+    assert train.main([*argv, "--resume"]) == 2 and steps == [4]
+    words = "other columns than this code writes (z_deviation, z_std); move the file away"
+    assert words in capsys.readouterr().err
+
+
 def test_another_seed_is_another_run(photos, tmp_path):
     for seed in ("0", "1"):
         assert (
