@@ -2,20 +2,28 @@
 
     views = build_views(config, "train", device)     index (B,), M  ->  Batch       images.Views
     model = build_model(config, views.groups)        Batch          ->  Output      jepa.Output
+
+And, for evaluate.py --weights, from a file of others to a Config and what fills such a model:
+`outside_model`, checked in tests/test_weights.py.
 """
 from functools import partial
 
+import torch
+
 import baselines
+import config as settings
 import saliency
 from aggregator import Aggregator
 from config import MODES
 from datasets import load, part_names
 from dseq_jepa import VICREG_WEIGHT, Discriminative, MultiBlock, RegionJEPA
-from encoder import ResNet18, ViT
+from encoder import VITS, ResNet18, ViT
 from jepa import ActionEmbedding, SeqJEPA
+from plumbing import flags
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
 from predictor import Predictor, RegionPredictor
+from sources import weights
 
 
 def build_views(config, split, device):
@@ -110,3 +118,53 @@ def stem(config):
     if config.stem != "auto":
         return config.stem
     return "cifar" if config.view_size <= 48 else "imagenet"
+
+
+# ---------------------------------------------------------------- weights from outside
+
+class EncoderAlone(settings.Config):
+    """Settings for a file that has f_theta and nothing that would gather views."""
+    aggregates = False
+
+
+def outside_model(found, typed):
+    """What probes need of weights from outside: (Config, fill), fill: model of this Config -> None.
+
+    found: sources.weights.Weights.  typed: {field of Config: what the user says}; what the file
+    tells must agree, the rest is the preset's.
+    Raises: BadInput for what does not agree or does not fit, before any data is read."""
+    kind = EncoderAlone if found.kind == "resnet18" else settings.Config
+    config = settings.check(kind(**outside_settings(found, typed)))
+    flags.refuse_ignored(typed, config, settings.readers)
+    with torch.device("meta"):
+        weights.check(part_of(build_model(config, MODES[config.mode].groups), found), found)
+    return config, lambda model: weights.fill(part_of(model, found), found)
+
+
+def outside_settings(found, typed):
+    """{field of Config: value} of sources.weights.Weights, and of what was typed."""
+    facts = dict(found.facts)
+    if found.kind == "vit":
+        names = [name for name, sizes in VITS.items() if sizes[:2] == found.size]
+        if not names:
+            known = ", ".join(f"{name} ({D}, {blocks})" for name, (D, blocks, _) in VITS.items())
+            raise BadInput(f"{found.where}: holds {found.words}; encoder.VITS has {known}")
+        facts["encoder"] = names[0]
+    for name in typed:
+        if facts.get(name, typed[name]) != typed[name]:
+            flag = flags.name_of(name)
+            raise BadInput(f"{flag} {typed[name]}: {found.where} holds {found.words}; "
+                           f"say {flag} {facts[name]}, or leave it out")
+    chosen = facts | typed
+    if "dataset" not in chosen:
+        raise BadInput("--weights: needs --dataset, what to probe on, and mostly --data-dir")
+    if chosen.get("mode", "regions") == "regions" and found.kind != "vit":
+        raise BadInput(f"--weights {found.where}: holds {found.words}; say --mode saccade, "
+                       "rotation or augment")
+    values = settings.preset(chosen["dataset"], chosen["mode"], method=chosen.get("method"))
+    return values | chosen
+
+
+def part_of(model, found):
+    """Where the weights belong: in the whole of a seq-JEPA, else in what is evaluated."""
+    return model if found.kind == "seq-jepa" else model.representation

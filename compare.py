@@ -35,7 +35,7 @@ from plumbing.files import save_atomically
 # Probes that are compared, in the order of the columns.  High is better in all of them.
 PROBES = ("classify", "linear", "cls", "finetune", "action", "parameters")
 # The settings that come first in the name of a row, and those that need no name of their own.
-FIRST = ("method", "mode", "dataset", "probed on", "condition", "views")
+FIRST = ("method", "weights", "mode", "dataset", "probed on", "condition", "views")
 BARE = ("method", "mode", "dataset", "encoder")
 # Numbers of runs that differ in these do not compare: settings, and facts of the evaluation.
 ALIKE = ("mode", "dataset", "image_size", "rotation_range", "hue_range", "material",
@@ -139,6 +139,7 @@ def settings_of(result):
     """{name: value} of all that changes what is learned.  Older files lack some: the defaults."""
     settings = dataclasses.asdict(Config()) | result["config"]
     settings["probed on"] = result.get("dataset", settings["dataset"])
+    settings["weights"] = str(result.get("weights") or "its own")       # a file of others
     names = dict.fromkeys([*FIRST, *settings])
     return {name: settings[name] for name in names if name not in NOT_LEARNED}
 

@@ -113,7 +113,7 @@ class ViT(nn.Module):
         patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions
         if self.cls_token is None:
             return patches
-        cls = self.cls_token.expand(len(x), copies, -1).to(patches.dtype)
+        cls = self.cls_token.expand(x.shape[0], copies, -1).to(patches.dtype)
         return torch.cat([cls, patches], dim=1)
 
     def forward(self, x, layout=None, copies=1, keep=()):
@@ -131,24 +131,3 @@ class ViT(nn.Module):
             if number in keep:
                 outputs.append(x)
         return [*outputs, self.norm(x)]
-
-
-def load_pretrained(vit, state):
-    """Fill `vit`, in place, from the state dict of a timm-style or I-JEPA-style ViT of its shape.
-
-    Prefixes ("module.", "encoder.", ...) are dropped, as are heads. [CLS] may be missing.
-    Raises: KeyError if any other weight is missing, ValueError if its positions are not our fixed
-    ones."""
-    first = "patch_embed.proj.weight"
-    prefix = next((k for k in state if k.endswith(first)), first).removesuffix(first)
-    positions = state.get(prefix + "pos_embed")
-    if positions is not None:
-        of_patches = positions.reshape(-1, vit.dim)[-len(vit.positions):]       # [CLS]'s come first
-        if not torch.allclose(of_patches, vit.positions, atol=1e-4):
-            raise ValueError("the weights were trained with other positions than fixed 2-D "
-                             "sine-cosine ones of this grid")
-    weights = {}
-    for name, ours in vit.state_dict().items():
-        missing_cls = name == "cls_token" and prefix + name not in state
-        weights[name] = ours if missing_cls else state[prefix + name].reshape(ours.shape)
-    vit.load_state_dict(weights)

@@ -7,6 +7,8 @@
                                                              another data set (B.6)
     python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset folder --data-dir CUB
                                                              a ViT on another data set
+    python evaluate.py --weights FILE --dataset folder --data-dir DIR
+                                                             weights of others (sources/weights.py)
 
 Prints a table, each number beside the same probe on a randomly initialised model of the same shape,
 and beside the paper's (papers.csv) where there is one; writes it to runs/NAME/probes.json.
@@ -25,13 +27,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import config as settings
 import probes
 import probes_regions
-from build import build_model, build_views
+from build import EncoderAlone, build_model, build_views, outside_model
+from encoder import VITS
 from figures import regions as figures_of_regions
 from figures import sequences as figures
 from plumbing import command, flags
@@ -41,6 +45,7 @@ from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from plumbing.report import write_report
 from plumbing.runs import load_checkpoint, restore
+from sources.weights import from_file
 
 PAPERS = Path(__file__).with_name("papers.csv")
 SETTLE_BATCHES = 20
@@ -176,13 +181,12 @@ def paper_numbers(config):
 def evaluate(options):
     """Load the checkpoint, probe it and a randomly initialised twin, print and keep the table."""
     started = time.monotonic()
-    run_dir = Path(options.checkpoint).parent
-    checkpoint = load_checkpoint(options.checkpoint)
-    refuse_unwritable(result_path(options, run_dir), "choose another place with --json",
-                      holds='"checkpoint"')
+    source = from_outside(options) if options.checkpoint is None else from_run(options)
+    config = source.config
+    run_dir = source.path.parent
+    refuse_unwritable(source.result, "choose another place with --json", holds='"checkpoint"')
     if options.figures:
         refuse_unwritable(run_dir / "report.html", "leave out --figures")
-    config = run_config(checkpoint, options)
     device = pick_device(options.device)
     rules = protocol(config.mode)
     names, data = choose_probes(options, config)
@@ -196,24 +200,26 @@ def evaluate(options):
         heads=rules.heads, samplings=options.samplings, probe_epochs=options.probe_epochs,
         quick=config.quick, amp=options.amp and device.type == "cuda")
 
-    model, twin = two_models(checkpoint, config, views, device, options.untrained)
+    model, twin = two_models(source, views, device, options.untrained)
     if options.compile:
         for each in filter(None, (model, twin)):
             each.representation.compile()
     paper = {}
-    if data.dataset == config.dataset and not options.probe_epochs:
+    if source.of_run and data.dataset == config.dataset and not options.probe_epochs:
         paper = paper_numbers(config)
     rows = measure_both(model, twin, setup, rules, paper)
     result = dict(
-        checkpoint=str(options.checkpoint), step=checkpoint["step"],
-        config=dataclasses.asdict(settings.config_of(checkpoint)), device=str(device),
+        checkpoint=str(source.path), step=source.step,
+        weights=None if source.of_run else source.path.name,
+        config=dataclasses.asdict(source.trained), device=str(device),
         dataset=data.dataset, classes=len(views["val"].classes), n_train=len(views["train"]),
         n_val=len(views["val"]), samplings=options.samplings, probe_epochs=options.probe_epochs,
         limit=data.limit,
-        seconds=round(time.monotonic() - started, 1), remarks=remarks_on(views, config), rows=rows)
+        seconds=round(time.monotonic() - started, 1), rows=rows,
+        remarks=[*source.remarks, *remarks_on(views, config)])
     show(result)
     text = json.dumps(result, indent=1) + "\n"
-    save_atomically(result_path(options, run_dir), lambda part: part.write_text(text))
+    save_atomically(source.result, lambda part: part.write_text(text))
     if options.figures:
         for figure in rules.draw(model, views["val"], config, rows, run_dir):
             print(f"drew {printable(figure)}")
@@ -231,14 +237,14 @@ def show(result):
         print(f"note: {remark}")
 
 
-def two_models(checkpoint, config, views, device, untrained=True):
+def two_models(source, views, device, untrained=True):
     """The trained model, and one of the same shape that has learnt nothing, or None."""
-    model = build_model(config, views["val"].groups)
-    restore(model, checkpoint)
+    model = build_model(source.config, views["val"].groups)
+    source.fill(model)
     if not untrained:
         return model.to(device), None
-    twin = build_model(config, views["val"].groups).to(device)
-    settle_batchnorm(twin, views["train"], config.views)
+    twin = build_model(source.config, views["val"].groups).to(device)
+    settle_batchnorm(twin, views["train"], source.config.views)
     return model.to(device), twin
 
 
@@ -281,13 +287,18 @@ def remarks_on(views, config):
     rules = protocol(config.mode)
     if rules.lengths and not config.aggregates:
         absent = ["rows of z_agg", *(name for name in rules.probes if name in AGGREGATE)]
-        remarks.append(f"left out, for method {config.method} gathers no views into z_agg: "
-                       f"{', '.join(absent)}")
+        remarks.append(f"left out, for {gathers_none(config)} into z_agg: {', '.join(absent)}")
     for split, sampler in views.items():
         if len(sampler.labels.unique()) == 1:
             remarks.append(f"all {split} samples are of one class: top-1 says nothing, "
                            "whatever it is")
     return remarks
+
+
+def gathers_none(config):
+    """Words for who is to blame that there is no z_agg."""
+    who = "the file" if isinstance(config, EncoderAlone) else f"method {config.method}"
+    return f"{who} gathers no views"
 
 
 def settle_batchnorm(model, views, M):
@@ -352,6 +363,49 @@ def online(model, views, config, device, due=True):
 
 # ---------------------------------------------------------------- the command line
 
+# Flags that say, with --weights, what is in the file and what it is probed on.
+DESCRIBE = ("mode", "dataset", "encoder", "image_size", "patch_size", "saliency", "data_dir",
+            "limit")
+
+
+class Source(NamedTuple):
+    """What is probed: a run's checkpoint, or weights from outside."""
+    path: Path
+    config: settings.Config     # with what the command line says of the data
+    trained: settings.Config    # the run's own
+    fill: Callable              # model -> None: puts the weights into it
+    result: Path                # where the numbers go
+    step: int = None            # None: weights from outside
+    remarks: tuple = ()
+
+    @property
+    def of_run(self):
+        return self.step is not None
+
+
+def from_run(options):
+    """The Source of a run's checkpoint."""
+    path = Path(options.checkpoint)
+    checkpoint = load_checkpoint(path)
+    return Source(path, run_config(checkpoint, options), settings.config_of(checkpoint),
+                  functools.partial(restore, checkpoint=checkpoint), result_path(options, path),
+                  checkpoint["step"])
+
+
+def from_outside(options):
+    """The Source of --weights, with settings from the file, the command line and the preset."""
+    path = Path(options.weights)
+    typed = {name: getattr(options, name) for name in DESCRIBE
+             if getattr(options, name) is not None}
+    # The authors' actions of augmented views are no function of two views: only z is as ours.
+    found = from_file(path, encoder_only=options.mode == "augment")
+    config, fill = outside_model(found, typed)
+    source = Source(path, config, config, fill, result_path(options, path), remarks=found.remarks)
+    for name in DESCRIBE:           # used up: in what follows they mean other data than the model's
+        setattr(options, name, None)
+    return source
+
+
 def run_config(checkpoint, options):
     """The run's Config, with what the command line says of its data."""
     changes = {}
@@ -382,8 +436,8 @@ def choose_probes(options, config):
             raise BadInput(f"--probe {name}: does not apply to mode {config.mode}; "
                            f"choose from {', '.join(usable)}")
         if name not in usable:
-            raise BadInput(f"--probe {name}: reads z_agg, and method {config.method} gathers no "
-                           f"views into one; choose from {', '.join(usable)}")
+            raise BadInput(f"--probe {name}: reads z_agg, and {gathers_none(config)} into one; "
+                           f"choose from {', '.join(usable)}")
     if "cls" in options.probe and not config.cls:
         raise BadInput("--probe cls: the run was trained without [CLS]; leave it out")
     if not rules.any_images:
@@ -422,8 +476,8 @@ def other_data(options, config):
 def choose_lengths(options, config, names):
     """M_val in ascending order, none without z_agg; the invariance probe needs that of training."""
     if options.views and not config.aggregates:
-        raise BadInput(f"--views {options.views[0]}: method {config.method} gathers no views into "
-                       "z_agg; leave it out")
+        raise BadInput(f"--views {options.views[0]}: {gathers_none(config)} into z_agg; "
+                       "leave it out")
     if not config.aggregates:
         return ()
     lengths = set(options.views or protocol(config.mode).lengths)
@@ -432,22 +486,36 @@ def choose_lengths(options, config, names):
     return tuple(sorted(lengths))
 
 
-def result_path(options, run_dir):
-    """Where the numbers go. A part of the probes does not replace the whole."""
+def result_path(options, path):
+    """Where the numbers go. A part of the probes does not replace the whole.
+
+    path: the checkpoint, or the weights. Of these there may be many in a folder, and no run's name
+    tells their data apart: the file's name comes first, and no earlier result is replaced."""
     if options.json is not None:
         return Path(options.json)
-    words = ["probes", *(options.probe or [])]
+    words = ["probes", *options.probe]
     if options.dataset:
         words.append(options.dataset)
-    return run_dir / f"{'-'.join(words)}.json"
+    if options.weights is not None:
+        words.insert(0, path.stem)
+    result = path.parent / f"{'-'.join(words)}.json"
+    if options.weights is not None and result.is_file():
+        raise BadInput(f"{result}: has the numbers of an earlier evaluation; say with --json where "
+                       "these go")
+    return result
 
 
 def parse(argv=None):
     """Options from the command line."""
     p = flags.Parser(prog="evaluate.py", description="Probe a trained model.")
     switch = argparse.BooleanOptionalAction
-    p.add_argument("checkpoint", metavar="CHECKPOINT",
+    p.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?",
                    help="a run's last.pt; settings come from it")
+    p.add_argument("--weights", metavar="FILE",
+                   help="in place of CHECKPOINT: weights of others, on --dataset; what the file "
+                        "does not tell is said with --mode, --encoder, --image-size, --patch-size")
+    p.add_argument("--mode", choices=settings.MODES, help="with --weights: what a view is")
+    p.add_argument("--encoder", choices=("resnet18", *VITS), help="with --weights: what it holds")
     p.add_argument("--probe", nargs="+", choices=PROBES,
                    help="which probes (default: all that apply to the run's mode)")
     p.add_argument("--views", nargs="+", type=int, metavar="M",
@@ -486,7 +554,8 @@ def parse(argv=None):
 
 
 def check_options(options):
-    """Raises: BadInput for a number out of its bounds, with their reason."""
+    """Raises: BadInput for a number out of its bounds, with their reason, or two models."""
+    check_source(options)
     for M in options.views or []:
         if not 1 <= M <= MOST_VIEWS:
             raise BadInput(f"--views {M}: M_val must be at least 1 and at most {MOST_VIEWS}, "
@@ -500,6 +569,19 @@ def check_options(options):
                        f"and at most {MOST_EPOCHS:,}; the papers' longest take 300")
     if options.limit is not None and options.limit < 0:
         raise BadInput(f"--limit {options.limit}: must be at least 0, which means all")
+
+
+def check_source(options):
+    """Raises: BadInput unless there is one thing to probe, and only flags that belong to it."""
+    if options.checkpoint is None and options.weights is None:
+        raise BadInput("required: CHECKPOINT, the last.pt of a run, or --weights FILE")
+    if options.checkpoint is not None and options.weights is not None:
+        raise BadInput("--weights: stands in the place of CHECKPOINT; leave out one of them")
+    if options.weights is not None and options.figures:
+        raise BadInput("--figures: shows a run; leave it out with --weights")
+    for name in ("mode", "encoder"):
+        if options.weights is None and getattr(options, name) is not None:
+            raise BadInput(f"--{name}: only with --weights; a run's own comes from its checkpoint")
 
 
 def main(argv=None):

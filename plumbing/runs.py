@@ -160,12 +160,9 @@ def load_checkpoint(path):
     if not path.is_file():
         raise BadInput(f"{path}: no checkpoint there; {_advice(path)}")
     try:
-        _verify(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:          # what torch.load raises on such files has no common type
-        has_code = "Unsupported" in str(error) or "Weights only" in str(error)
-        why = "contains more than tensors" if has_code else "is damaged"
-        raise BadInput(f"{path}: {why} and was not loaded; {_advice(path)}") from None
+        checkpoint = read_tensors(path)
+    except BadInput as error:
+        raise BadInput(f"{error}; {_advice(path)}") from None
     if not isinstance(checkpoint, dict) or str(checkpoint.get("format")) != FORMAT:
         raise BadInput(f"{path}: not a checkpoint of this project; expected the last.pt of a run")
     if str(checkpoint.get("version")) != str(VERSION):
@@ -175,6 +172,21 @@ def load_checkpoint(path):
     if flaw:
         raise BadInput(f"{path}: {flaw}; {_advice(path)}")
     return checkpoint
+
+
+def read_tensors(path, mmap=False):
+    """What torch.save wrote into a file, onto the CPU; no code that it may hold is run.
+
+    mmap: map tensors from the disk where the format allows it, for files of which a part is used.
+    Raises: BadInput if it is damaged or holds more than dictionaries, tensors, numbers and text."""
+    try:
+        _verify(path)
+        mmap = mmap and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:          # what torch.load raises on such files has no common type
+        has_code = "Unsupported" in str(error) or "Weights only" in str(error)
+        why = "contains more than tensors" if has_code else "is damaged"
+        raise BadInput(f"{path}: {why} and was not loaded") from None
 
 
 def _flaw(checkpoint):
@@ -197,14 +209,14 @@ def _flaw(checkpoint):
         if type(value) is not float:
             return f"its meter {name} is {value!r:.20}, expected a number"
     for name, weights in checkpoint["model"].items():
-        if not _is_whole(weights):
+        if not is_whole(weights):
             return f"its weights {name} are no plain tensor"
         if weights.dtype in FLOATS and not weights.isfinite().all():
             return f"its weights {name} are not finite"
     return None
 
 
-def _is_whole(value):
+def is_whole(value):
     """Whether this is a tensor that has, in memory, all the numbers that it claims to have."""
     return (isinstance(value, torch.Tensor) and value.layout is torch.strided
             and value.device.type == "cpu" and not value.is_quantized
@@ -288,7 +300,7 @@ def restore_optimizer(optimizer, checkpoint):
             expected = dict(step=torch.Size(), exp_avg=shape, exp_avg_sq=shape)
             fits &= {name: tensor.shape for name, tensor in moments.items()} == expected
             for tensor in moments.values():
-                fits &= _is_whole(tensor) and bool(tensor.isfinite().all())
+                fits &= is_whole(tensor) and bool(tensor.isfinite().all())
     except (AttributeError, IndexError, KeyError, TypeError):       # not even of the right kind
         fits = False
     if not fits or not saved["state"] and checkpoint["step"]:

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from attention import arrange, sizes
-from encoder import Block, ResNet18, ViT, load_pretrained
+from encoder import Block, ResNet18, ViT
 
 
 def torchvision_twin(encoder):
@@ -171,35 +171,3 @@ def test_hidden_tokens_cannot_reach_visible_ones():
     tokens.square().sum().backward()
     seen = F.max_pool2d(x.grad.abs().sum(1), 8).flatten() > 0
     assert tokens.shape == (4, 128) and seen.nonzero().flatten().tolist() == [0, 1, 5]
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "encoder."])
-def test_weights_of_a_timm_style_vit_load(prefix):
-    source, vit = (
-        ViT("vit-nano", image_size=32, patch_size=8),
-        ViT("vit-nano", image_size=32, patch_size=8),
-    )
-    state = {prefix + k: v for k, v in source.state_dict().items()}
-    # as timm has it
-    state[prefix + "cls_token"] = state[prefix + "cls_token"].view(1, 1, -1)
-    state |= {
-        prefix + "pos_embed": torch.cat([torch.zeros(1, 128), source.positions])[None],
-        prefix + "head.weight": torch.zeros(10, 128),
-    }
-    load_pretrained(vit, state)
-    assert all(torch.equal(a, b) for a, b in zip(vit.parameters(), source.parameters()))
-    with pytest.raises(ValueError, match="positions"):
-        load_pretrained(vit, state | {prefix + "pos_embed": torch.randn(1, 17, 128)})
-    with pytest.raises(KeyError):
-        load_pretrained(vit, {})
-    del state[prefix + "blocks.0.mlp.fc1.weight"]
-    with pytest.raises(KeyError):
-        load_pretrained(vit, state)
-
-
-def test_an_i_jepa_checkpoint_has_no_cls():
-    source, vit = (ViT("vit-nano", image_size=32, patch_size=8, cls=cls) for cls in (False, True))
-    before = vit.cls_token.clone()
-    load_pretrained(vit, {f"module.{k}": v for k, v in source.state_dict().items()})
-    assert torch.equal(vit.cls_token, before) and torch.equal(vit.norm.weight, source.norm.weight)
-    assert torch.equal(vit.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
