@@ -198,7 +198,7 @@ def evaluate(options):
     setup = probes.Setup(
         views, device, config.seed, M_train=config.views, lengths=lengths, probes=names,
         heads=rules.heads, samplings=options.samplings, probe_epochs=options.probe_epochs,
-        quick=config.quick, amp=options.amp and device.type == "cuda")
+        quick=config.quick, amp=options.amp and device.type == "cuda", folder=run_dir)
 
     model, twin = two_models(source, views, device, options.untrained)
     if options.compile:
@@ -265,11 +265,6 @@ def measure(model, setup, rules):
 
     Raises: BadInput if a feature or a result is not finite: a classifier on NaN looks like one."""
     train, val = rules.measure(model, setup)
-    for split, features in (("training", train), ("validation", val)):
-        bad = probes.not_finite(features)
-        if bad:
-            raise BadInput(f"--probe {' '.join(setup.probes)}: {', '.join(bad)} of {split} samples "
-                           "not finite; if the run diverged, probe a checkpoint from before that")
     rows = []
     for name in setup.probes:
         for row in PROBES[name](model, train, val, setup):
@@ -524,7 +519,8 @@ def parse(argv=None):
                    help="epochs of every head (default: the paper's; a fifth of them for MLP heads "
                         "of a --quick run)")
     p.add_argument("--samplings", type=int, default=4, metavar="S",
-                   help="view samplings of each training sample (default: 4)")
+                   help="view samplings of each training sample (default: 4); with as many as "
+                        "epochs, 28, `linear` draws fresh crops in each, as the paper")
     p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
     p.add_argument("--dataset", choices=settings.DATASETS,

@@ -8,12 +8,16 @@ Frozen means frozen: extraction runs under eval() and inference mode, so BatchNo
 as at test time and no buffer moves. Where the paper draws fresh views every epoch, extraction draws
 S samplings of every sample and epoch e trains on sampling e mod S.
 
+Only what the probes asked for read is extracted, and only a batch of it need be in memory:
+plumbing/scratch.py says where the rest is.
+
 Here are the probes of modes whose samples are sequences of views; those of mode `regions` are in
 probes_regions.py. evaluate.py says which mode has which.
 Checked in tests/test_probes.py against scikit-learn and closed-form solutions.
 """
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from plumbing import scratch
 from plumbing.device import seed_all
+from plumbing.heads import CPU, accuracy, knn_accuracy, outputs, r2, shuffled, train_head
 
 QUICK_SHARE = 5                 # a --quick run trains MLP heads for a fifth of the epochs
 
@@ -41,12 +47,15 @@ class Setup:
     probe_epochs: int = 0       # of every head; 0: the protocol's
     quick: bool = False
     amp: bool = False           # bfloat16 autocast while features are extracted
+    folder: Path = None         # for features that are too large for memory
 
 
 # ---------------------------------------------------------------- features
 
 class Features(NamedTuple):
-    """Frozen features of N samples, each seen S times as a sequence of V views; CPU, float32."""
+    """Frozen features of N samples, each seen S times as a sequence of V views, on the CPU.
+
+    None: no probe reads it.  float32; in half precision if large, but for actions and params."""
     z_clean: torch.Tensor   # (S, N, D) of the mode's clean image; of the first view if it has none
     z: torch.Tensor         # (S, N, 2, D) of the first two views
     a: torch.Tensor         # (S, N, V-1, E) embedded actions
@@ -54,8 +63,8 @@ class Features(NamedTuple):
     params: torch.Tensor    # (S, N, V, P)
     labels: torch.Tensor    # (N,)
     z_agg: dict             # {M: (S, N, D+E)} aggregate of M views and the actions between them
-    z_agg_no_views: dict       # the same with all z set to zero: actions alone (Fig. 7, green)
-    z_agg_no_actions: dict       # the same with all a set to zero: views alone (Fig. 7, blue; B.2)
+    z_agg_no_views: dict    # the same with all z set to zero: actions alone (Fig. 7, green)
+    z_agg_no_actions: dict  # the same with all a set to zero: views alone (Fig. 7, blue; B.2)
 
     def named(self):
         """(name, features (S, N, d)) of everything that a class is read from."""
@@ -64,84 +73,75 @@ class Features(NamedTuple):
             yield f"z_agg M={M}", z_agg
 
 
-@torch.inference_mode()
-def extract(model, views, lengths, device, *, samplings=1, seed=0, batch_size=256, index=None,
-            only_agg=False, amp=False, what="features"):
+ALL = frozenset(Features._fields)
+READS = {                       # fields that a probe reads, besides labels; not listed: all
+    "classify": {"z_clean", "z_agg"},
+    "knn": {"z_clean", "z_agg"},
+    "action": {"z", "actions"},
+    "parameters": {"z", "params"},
+    "path": {"a", "params", "z_agg", "z_agg_no_views", "z_agg_no_actions"},
+    "invariance": {"params", "z_agg_no_actions"},
+    "retrieval": set(),
+    "transfer": {"z_agg"},
+}
+
+
+def extract(model, views, lengths, device, *, fields=ALL, samplings=1, seed=0, batch_size=256,
+            index=None, amp=False, what=None, folder=None):
     """Features of the samples `index` (all if None) of `views` for M_val in `lengths`.
 
-    only_agg: leave out what only other probes than classification on z_agg need (the clean image,
-        the ablated aggregates).
-    amp: bfloat16 autocast.  what: words for the progress bar."""
+    fields: which of them.  amp: bfloat16 autocast.  folder: see plumbing/scratch.py.
+    what: them in words; if given, BadInput is raised if one is not finite."""
     index = torch.arange(len(views)) if index is None else index
     M = max((2, *lengths))              # at least two views: the action between them is probed
-    was_training = model.training
-    model.eval()
-    batches = []
-    for s in range(samplings):
+
+    @torch.inference_mode()
+    def batches(s):
         bar = tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False)
         for i, some in enumerate(bar):
             seed_all(seed, s, i)
             batch = views(some, M)
-            clean = None if only_agg else views.clean(some)
+            clean = views.clean(some) if "z_clean" in fields else None
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                batches.append(extract_batch(model, batch, clean, lengths, only_agg))
+                yield extract_batch(model, batch, clean, lengths, fields)
+
+    was_training = model.training
+    model.eval()
+    found = {}
+    if fields - {"labels"}:
+        found = scratch.gather(batches, samplings, len(index), folder=folder,
+                               exact=("actions", "params"), what=what)
     model.train(was_training)
-    return join(batches, samplings)
+    values = {name: found.get(name) for name in Features._fields}
+    for name in ("z_agg", "z_agg_no_views", "z_agg_no_actions"):
+        values[name] = {M: found[f"{name} M={M}"] for M in lengths if name in fields}
+    return Features(**values | dict(labels=views.labels[index].cpu()))
 
 
-def extract_batch(model, batch, clean, lengths, only_agg):
-    """Features of one Batch, without the axis of samplings: (b, ...) for (S, N, ...).
+def extract_batch(model, batch, clean, lengths, fields):
+    """{name: (b, ...)} of one Batch; z_agg and its like for each M by itself.
 
     clean (b, 3, S, S), or None: the first view is probed instead."""
     z = model.encode(batch.views)
     a = model.embed(batch.actions)
-    z_clean = z[:, 0] if clean is None else model.encoder(clean)
-
-    def aggregates(z, a):
-        return {M: model.aggregate(z[:, :M], a[:, :M - 1]).float().cpu() for M in lengths}
-
-    return Features(
-        z_clean=z_clean.float().cpu(),
-        z=z[:, :2].float().cpu(),
-        a=a.float().cpu(),
-        actions=batch.actions.float().cpu(),
-        params=batch.params.float().cpu(),
-        labels=batch.labels.cpu(),
-        z_agg=aggregates(z, a),
-        z_agg_no_views={} if only_agg else aggregates(0 * z, a),
-        z_agg_no_actions={} if only_agg else aggregates(z, 0 * a))
-
-
-def join(batches, samplings):
-    """Features of all batches of one sampling after another, (b, ...) each -> (S, N, ...)."""
-    def joined(parts):
-        if not isinstance(parts[0], dict):
-            return torch.cat(parts).unflatten(0, (samplings, -1))
-        by_length = {}
-        for M in parts[0]:
-            by_length[M] = joined([part[M] for part in parts])
-        return by_length
-
-    features = Features(*map(joined, zip(*batches)))                # field by field
-    return features._replace(labels=features.labels[0])             # the same in every sampling
-
-
-def not_finite(features):
-    """Names of the fields of Features, of any mode, that hold NaN or Inf."""
-    names = []
-    for name, value in features._asdict().items():
-        tensors = value.values() if isinstance(value, dict) else [value]
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            names.append(name)
-    return names
+    found = dict(z=z[:, :2], a=a, actions=batch.actions, params=batch.params)
+    if "z_clean" in fields:
+        found["z_clean"] = z[:, 0] if clean is None else model.encoder(clean)
+    inputs = dict(z_agg=(z, a), z_agg_no_views=(0 * z, a), z_agg_no_actions=(z, 0 * a))
+    for name, (z, a) in inputs.items():
+        for M in lengths if name in fields else ():
+            found[f"{name} M={M}"] = model.aggregate(z[:, :M], a[:, :M - 1])
+    return {name: rows for name, rows in found.items() if name.split()[0] in fields}
 
 
 def measure_views(model, setup):
     """Features of both splits for the modes whose samples are sequences of views."""
+    fields = frozenset().union(*(READS.get(name, ALL) for name in setup.probes))
+
     def features(split, samplings, seed):
-        return extract(model, setup.views[split], setup.lengths, setup.device,
-                       samplings=samplings, seed=seed, only_agg=setup.probes == ("transfer",),
-                       amp=setup.amp, what=f"{split} features")
+        return extract(model, setup.views[split], setup.lengths, setup.device, fields=fields,
+                       samplings=samplings, seed=seed, amp=setup.amp, what=f"{split} features",
+                       folder=setup.folder)
 
     train = features("train", setup.samplings, setup.seed)
     val = features("val", 1, setup.seed + 1)
@@ -167,29 +167,14 @@ HEADS = {                       # and for how many epochs each is trained, A.2
 }
 
 
-def fit(head, x, y, loss, epochs, *, batch_size=256, seed=0, device="cpu"):
+def fit(head, x, y, loss, epochs, *, batch_size=256, seed=0, device=CPU):
     """Train `head` with Adam, default settings (A.2), and return it on the CPU.
 
-    x (S, N, d), y (S, N, ...) or (N, ...): epoch e sees sampling e mod S.
-    loss: (output, target) -> scalar."""
-    S, N, _ = x.shape
-    y = y if y.shape[:2] == (S, N) else y.expand(S, *y.shape)
-    seed_all(seed)
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()               # so that its start depends on `seed` alone
-    head.to(device).train()
-    x = x.to(device)
-    y = y.to(device)
+    x, y: see `shuffled`.  loss: (output, target) -> scalar."""
+    head.to(device)
     optimizer = torch.optim.Adam(head.parameters(), fused=True)
-    for epoch in range(epochs):
-        order = torch.randperm(N).to(device)
-        for rows in order.split(batch_size):
-            optimizer.zero_grad(set_to_none=True)
-            output = head(x[epoch % S].index_select(0, rows))
-            loss(output, y[epoch % S].index_select(0, rows)).backward()
-            optimizer.step()
-    return head.eval().cpu()
+    batches = shuffled(x, y, device, batch_size=batch_size)
+    return train_head(head, batches, loss, epochs, optimizer, seed=seed).cpu()
 
 
 def fit_head(kind, x, y, d_out, loss, setup):
@@ -198,50 +183,11 @@ def fit_head(kind, x, y, d_out, loss, setup):
     if setup.quick and kind == "mlp":
         epochs = epochs // QUICK_SHARE
     epochs = setup.probe_epochs or epochs
-    head = make(x.shape[-1], d_out)
-    return fit(head, x, y, loss, epochs, seed=setup.seed, device=setup.device), epochs
+    d_in = sum(part.shape[-1] for part in (x if isinstance(x, list) else [x]))
+    return fit(make(d_in, d_out), x, y, loss, epochs, seed=setup.seed, device=setup.device), epochs
 
 
 # ---------------------------------------------------------------- scores
-
-@torch.inference_mode()
-def accuracy(head, x, y):
-    """Top-1 in per cent, averaged over samplings; NaN if the head diverged.  x (S, N, d), y (N,)"""
-    scores = head(x)
-    if not scores.isfinite().all():
-        return float("nan")
-    return 100 * (scores.argmax(-1) == y).float().mean().item()
-
-
-def r2(prediction, target):
-    """R^2 per output dimension: 1 - SSE/SST, (n, k), (n, k) -> (k,).  The paper reports its mean.
-
-    As scikit-learn: a constant target scores 1 if predicted exactly, else 0. Constant is also what
-    varies by no more than float32 rounds."""
-    target = target.double()            # in float32 the mean of equal numbers is not quite theirs
-    sse = (target - prediction).square().sum(0)
-    sst = (target - target.mean(0)).square().sum(0)
-    rounding = torch.finfo(torch.float32).eps * target.abs().amax(0)
-    score = 1 - sse / sst.clamp_min(torch.finfo(sst.dtype).tiny)
-    return torch.where(sst > len(target) * rounding.square(), score, (sse == 0).to(score))
-
-
-@torch.inference_mode()
-def knn_accuracy(x, y, x_val, y_val, k=20, temperature=0.07):
-    """Top-1 in per cent of k nearest neighbours by cosine similarity, votes exp(similarity / T).
-
-    x (N, d), y (N,), x_val (n, d), y_val (n,).  No head is trained, so nothing can overfit."""
-    x = F.normalize(x, dim=1)
-    x_val = F.normalize(x_val, dim=1)
-    classes = int(y.max()) + 1
-    correct = 0
-    for rows, labels in zip(x_val.split(1024), y_val.split(1024)):
-        similarity, nearest = (rows @ x.T).topk(min(k, len(x)), dim=1)
-        weight = (similarity / temperature).softmax(1)
-        votes = weight.new_zeros(len(rows), classes).scatter_add(1, y[nearest], weight)
-        correct += (votes.argmax(1) == labels).sum().item()
-    return 100 * correct / len(y_val)
-
 
 def retrieval_ranks(z_hat, candidates, true, allowed):
     """Rank, from 1, of the true candidate by cosine similarity to the prediction.  -> (n,)
@@ -272,13 +218,12 @@ def top1_row(probe, name, x, labels, x_val, labels_val, setup):
 def regression(probe, predicts, features, x, y, setup):
     """A row: the paper's head for `predicts`, its R^2 averaged over the dimensions.
 
-    x, y: pairs (train, val) of tensors (S, N, d), (S, N, k)."""
+    x, y: pairs (train, val) of tensors (S, N, d), (S, N, k); of x also of lists of tensors."""
     kind = setup.heads.get(predicts, "linear")
     x_train, x_val = x
     y_train, y_val = y
     head, epochs = fit_head(kind, x_train, y_train, y_train.shape[-1], F.mse_loss, setup)
-    with torch.inference_mode():
-        scores = r2(head(x_val).flatten(0, 1), y_val.flatten(0, 1))
+    scores = r2(torch.cat(list(outputs(head, x_val))), y_val.flatten(0, 1))
     mean = row(probe, predicts, features, kind, epochs, "R2", scores.mean().item())
     return mean | dict(per_dimension=scores.tolist())
 
@@ -292,7 +237,7 @@ def probe_classify(model, train, val, setup):
 def probe_knn(model, train, val, setup):
     """Top-1 of 20 nearest neighbours on the same features: nothing is trained."""
     for (name, x), (_, x_val) in zip(train.named(), val.named()):
-        value = knn_accuracy(x[0], train.labels, x_val[0], val.labels)
+        value = knn_accuracy(x[0], train.labels, x_val[0], val.labels, device=setup.device)
         yield row("knn", "class", name, "k-NN, k 20, T 0.07", 0, "top-1 %", value)
 
 
@@ -334,13 +279,13 @@ def probe_path(model, train, val, setup):
 
 
 def path_input(features, M, ablated):
-    """(z_agg, a_M), (S, N, D+2E)."""
+    """z_agg (S, N, D+E) and a_M (S, N, E): a list of two."""
     a = features.a[:, :, M - 1]
     if ablated == ", no actions":
-        return torch.cat([features.z_agg_no_actions[M], 0 * a], dim=2)
+        return [features.z_agg_no_actions[M], torch.zeros(()).expand(a.shape)]
     if ablated == ", no views":
-        return torch.cat([features.z_agg_no_views[M], a], dim=2)
-    return torch.cat([features.z_agg[M], a], dim=2)
+        return [features.z_agg_no_views[M], a]
+    return [features.z_agg[M], a]
 
 
 def probe_invariance(model, train, val, setup):
@@ -420,7 +365,7 @@ def online_views(model, setup, some):
     some: {split: indices (n,) of samples}."""
     def features(split):
         return extract(model, setup.views[split], setup.lengths, setup.device,
-                       seed=setup.seed, index=some[split])
+                       fields=READS["knn"] | READS["action"], seed=setup.seed, index=some[split])
 
     train = features("train")
     val = features("val")

@@ -7,13 +7,17 @@
                (--dataset clevr-count, clevr-distance)
     finetune   all weights, 50 epochs
 
-All look at the target encoder, as I-JEPA does. The first three work on features extracted once;
-where the protocol draws a fresh random crop in every epoch, S crops of each training image are
-drawn, and epoch e trains on crop e mod S.
+All look at the target encoder, as I-JEPA does. `linear` trains on random crops, of 0.08 to 1 of the
+image and flipped or not, and is tested on the images themselves, as are the others. The protocol
+draws a fresh crop in every epoch. With as many samplings S as epochs or more, so do we, and keep
+nothing; with fewer, S crops of each training image are encoded once, and epoch e trains on crop
+e mod S. The other features are extracted once: only those that the probes asked for read, and where
+they are is for plumbing/scratch.py to say.
 
+Numbers of `linear` and `cls` are those of the authors' newer settings: our copy of the paper lost
+them.
 Differs from the paper: fine-tuning has MAE's optimiser, layer-wise rates and schedule, but crops
-and flips only (no RandAugment, mixup, drop path or second LayerNorm); numbers that our copy of the
-paper lost are MAE's, those of the CLEVR head ours.
+and flips only (no RandAugment, mixup, drop path or second LayerNorm); its numbers are MAE's.
 Called by evaluate.py. Checked in tests/test_probes_regions.py.
 """
 import copy
@@ -25,16 +29,19 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from plumbing import scratch
 from plumbing.device import seed_all
-from probes import accuracy, knn_accuracy, row
+from plumbing.heads import accuracy, knn_accuracy, shuffled, train_head
+from probes import row
 
 LINEAR_EPOCHS = 28
 LINEAR_DROPS = (8, 16, 24)      # epochs after which the rate is a tenth
 LINEAR_LR = 0.01                # for a batch of 256
 LINEAR_DECAY = 5e-4
+BATCH = 256                     # of both heads on frozen features
 CLS_EPOCHS = 100
 CLS_LR = 1e-3
-CLS_DECAY = 1e-2
+CLS_DECAY = 0.05
 TUNE_EPOCHS = 50
 TUNE_WARMUP = 5
 TUNE_LR = 1e-3                  # for a batch of 512
@@ -47,122 +54,149 @@ MASKED = 500                    # images whose object is looked for, at most
 # ---------------------------------------------------------------- features
 
 class ImageFeatures(NamedTuple):
-    """Frozen features of N images, on the CPU, float32."""
-    clean: torch.Tensor     # (1, N, 5D) mean patch tokens of four blocks and of the output
-    crops: torch.Tensor     # (S, N, 5D) the same of random crops; empty if none were asked for
-    cls: torch.Tensor       # (1, N, D) the last [CLS]; D = 0 if there is none
-    labels: torch.Tensor    # (N,)
+    """Frozen features of N images, on the CPU.
+
+    None: there is none, or no probe reads it.  float32; in half precision if large."""
+    labels: torch.Tensor            # (N,)
+    blocks: torch.Tensor = None     # (S, N, 4D) mean patch tokens of the last four blocks: of S
+                                    # random crops, or of the images themselves, S = 1
+    mean: torch.Tensor = None       # (1, N, D) mean patch token of the output
+    cls: torch.Tensor = None        # (1, N, D) its [CLS]
 
     def named(self):
         """(name, features (1, N, d)) of what a class is read from without training."""
-        D = self.clean.shape[2] // 5
-        yield "mean patch token", self.clean[:, :, 4 * D:]
-        if self.cls.shape[2]:
+        yield "mean patch token", self.mean
+        if self.cls is not None:
             yield "[CLS]", self.cls
 
 
-@torch.inference_mode()
-def extract_images(model, views, device, *, samplings=0, seed=0, batch_size=256, index=None,
-                   amp=False, what="features"):
+READS = {"linear": {"blocks"}, "knn": {"mean", "cls"}, "cls": {"cls"}, "finetune": set()}
+ALL = frozenset({"blocks", "mean", "cls"})
+
+
+def extract_images(model, views, device, *, fields=ALL, crops=0, seed=0, batch_size=256, index=None,
+                   amp=False, what=None, folder=None):
     """ImageFeatures of the images `index` (all if None) by the target encoder, under eval().
 
-    samplings: random crops of each.  amp: bfloat16 autocast.  what: words for the progress bar."""
+    fields: which of them.  crops: `blocks` are of that many random crops of each image.
+    amp: bfloat16 autocast.  folder: see plumbing/scratch.py.
+    what: them in words; if given, BadInput is raised if one is not finite."""
     index = torch.arange(len(views)) if index is None else index
+
+    def gathered(images_of, samplings, fields):
+        @torch.inference_mode()
+        def batches(s):
+            bar = tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False)
+            for i, some in enumerate(bar):
+                seed_all(seed, 4, s, i)
+                images = images_of(some)
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    yield pool(model.representation, images, fields)
+
+        return scratch.gather(batches, samplings, len(index), folder=folder, what=what)
+
     was_training = model.training
     model.eval()
-    pooled = []             # of the images themselves, then of each sampling of crops: (N, 5D)
-    cls = []                # likewise: (N, D)
-    for s in range(1 + samplings):
-        batches = []
-        bar = tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{1 + samplings}", leave=False)
-        for i, some in enumerate(bar):
-            seed_all(seed, 4, s, i)
-            images = views.clean(some) if s == 0 else views(some).views[:, 0]
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                batches.append(pool(model.representation, images))
-        means, tokens = zip(*batches)
-        pooled.append(torch.cat(means))
-        cls.append(torch.cat(tokens))
+    found = {}
+    if crops and "blocks" in fields:
+        found |= gathered(views.augmented, crops, {"blocks"})
+        fields = fields - {"blocks"}
+    if fields:
+        found |= gathered(views.clean, 1, fields)
     model.train(was_training)
-    pooled = torch.stack(pooled)
-    return ImageFeatures(pooled[:1], pooled[1:], cls[0][None], views.labels[index].cpu())
+    return ImageFeatures(views.labels[index].cpu(), **found)
 
 
-def pool(vit, images):
-    """images (b, 3, S, S) -> mean patch tokens of the last four blocks and of the output (b, 5D).
+def pool(vit, images, fields):
+    """images (b, 3, S, S) -> {name: (b, ...)} of these fields of ImageFeatures.
 
-    And the output's [CLS] (b, D), or (b, 0) if there is none; both on the CPU."""
+    Without [CLS] there is no `cls`."""
     C = int(vit.cls_token is not None)
-    last_four = range(max(1, vit.depth - 3), vit.depth + 1)
-    *blocks, output = vit(images, keep=tuple(last_four))
-    missing = 4 - len(blocks)
-    blocks = missing * [blocks[0]] + blocks                 # a ViT of fewer than four blocks
-    means = [tokens[:, C:].float().mean(1) for tokens in (*blocks, output)]
-    return torch.cat(means, dim=1).cpu(), output[:, :C].flatten(1).float().cpu()
+    keep = ()
+    if "blocks" in fields:
+        keep = tuple(range(max(1, vit.depth - 3), vit.depth + 1))
+    *blocks, output = vit(images, keep=keep)
+    found = {}
+    if "blocks" in fields:
+        blocks = (4 - len(blocks)) * [blocks[0]] + blocks       # a ViT of fewer than four blocks
+        found["blocks"] = torch.cat([tokens[:, C:].float().mean(1) for tokens in blocks], dim=1)
+    if "mean" in fields:
+        found["mean"] = output[:, C:].float().mean(1)
+    if "cls" in fields and C:
+        found["cls"] = output[:, 0]
+    return found
 
 
 def measure_images(model, setup):
-    """Features of both splits: of the images, and of training crops if the linear probe asks."""
-    def features(split, samplings, seed):
-        return extract_images(model, setup.views[split], setup.device, samplings=samplings,
-                              seed=seed, amp=setup.amp, what=f"{split} features")
+    """Features of both splits: of crops for training the linear head, else of the images."""
+    fields = frozenset().union(*(READS.get(name, ALL) for name in setup.probes))
 
-    crops = setup.samplings if "linear" in setup.probes else 0
-    train = features("train", crops, setup.seed)
-    val = features("val", 0, setup.seed + 1)
+    def features(split, fields, crops, seed):
+        return extract_images(model, setup.views[split], setup.device, fields=fields, crops=crops,
+                              seed=seed, amp=setup.amp, what=f"{split} features",
+                              folder=setup.folder)
+
+    fresh = setup.samplings >= linear_epochs(setup)
+    train = features("train", fields - {"blocks"} if fresh else fields, setup.samplings, setup.seed)
+    val = features("val", fields, 0, setup.seed + 1)
     return train, val
 
 
 # ---------------------------------------------------------------- heads on frozen features
 
-def fit_classifier(head, x, y, optimizer, lr_at_epoch, epochs, *, batch_size=256, seed=0,
-                   loss=F.cross_entropy):
-    """Train `head` on x (S, N, d), y (N,): epoch e sees sampling e mod S.
+def linear_epochs(setup):
+    """For how many epochs the linear head is trained."""
+    return setup.probe_epochs or LINEAR_EPOCHS
 
-    lr_at_epoch: e -> learning rate.  The features of a large data set stay in host memory."""
-    seed_all(seed)
-    device = next(head.parameters()).device
-    for module in head.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    for epoch in range(epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at_epoch(epoch)
-        for rows in torch.randperm(x.shape[1]).split(batch_size):
-            if len(rows) == 1:                      # BatchNorm needs two
+
+def fresh_crops(model, setup):
+    """What the linear head is trained on, in new crops every epoch: see heads.shuffled.
+
+    Each batch is encoded when its turn comes."""
+    views = setup.views["train"]
+    model.eval()
+
+    def batches(epoch):
+        order = torch.randperm(len(views)).split(BATCH)
+        for i, some in enumerate(tqdm(order, desc=f"linear, epoch {epoch + 1}", leave=False)):
+            if len(some) == 1:                      # BatchNorm needs two
                 continue
-            optimizer.zero_grad(set_to_none=True)
-            output = head(x[epoch % len(x)].index_select(0, rows).to(device))
-            loss(output, y[rows].to(device)).backward()
-            optimizer.step()
-    return head.eval()
+            seed_all(setup.seed, 4, epoch, i)
+            images = views.augmented(some)
+            with torch.no_grad(), torch.autocast(setup.device.type, torch.bfloat16,
+                                                 enabled=setup.amp):
+                x = pool(model.representation, images, {"blocks"})["blocks"]
+            yield x, views.labels_of(some)
+
+    return batches
 
 
 def probe_linear(model, train, val, setup):
     """Top-1 of a linear head behind a BatchNorm; SGD, 28 epochs, rate / 10 after 8, 16, 24."""
-    D = train.clean.shape[2] // 5
-    x = train.crops[:, :, :4 * D]
-    x_val = val.clean[0, :, :4 * D]
     classes = len(setup.views["val"].classes)
-    epochs = setup.probe_epochs or LINEAR_EPOCHS
+    epochs = linear_epochs(setup)
     drops = [drop * epochs / LINEAR_EPOCHS for drop in LINEAR_DROPS]
 
     def rate(epoch):
         return LINEAR_LR * 0.1 ** sum(epoch >= drop for drop in drops)
 
-    head = nn.Sequential(nn.BatchNorm1d(4 * D, affine=False, eps=1e-6), nn.Linear(4 * D, classes))
+    if train.blocks is None:
+        batches = fresh_crops(model, setup)
+    else:                                           # BatchNorm needs two rows
+        batches = shuffled(train.blocks, train.labels, setup.device, batch_size=BATCH, least=2)
+    d = val.blocks.shape[2]
+    head = nn.Sequential(nn.BatchNorm1d(d, affine=False, eps=1e-6), nn.Linear(d, classes))
     head = head.to(setup.device)
     optimizer = torch.optim.SGD(head.parameters(), lr=LINEAR_LR, momentum=0.9, nesterov=True,
                                 weight_decay=LINEAR_DECAY)
-    head = fit_classifier(head, x, train.labels, optimizer, rate, epochs, seed=setup.seed).cpu()
+    train_head(head, batches, F.cross_entropy, epochs, optimizer, rate, seed=setup.seed)
     yield row("linear", "class", "last 4 blocks, mean patch", "BatchNorm, linear, SGD", epochs,
-              "top-1 %", accuracy(head, x_val, val.labels))
+              "top-1 %", accuracy(head.cpu(), val.blocks, val.labels))
 
 
 def probe_cls(model, train, val, setup):
     """Top-1 of a linear head on the last [CLS], AdamW on a cosine: the CLEVR protocol (0.A.1.3)."""
-    D = train.cls.shape[2]
-    if D == 0:
+    if train.cls is None:
         return
     classes = len(setup.views["val"].classes)
     epochs = setup.probe_epochs or CLS_EPOCHS
@@ -170,11 +204,12 @@ def probe_cls(model, train, val, setup):
     def rate(epoch):
         return CLS_LR * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
-    head = nn.Linear(D, classes).to(setup.device)
+    head = nn.Linear(train.cls.shape[2], classes).to(setup.device)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=CLS_DECAY)
-    head = fit_classifier(head, train.cls, train.labels, optimizer, rate, epochs, seed=setup.seed)
+    batches = shuffled(train.cls, train.labels, setup.device, batch_size=BATCH, least=2)
+    train_head(head, batches, F.cross_entropy, epochs, optimizer, rate, seed=setup.seed)
     yield row("cls", "class", "[CLS]", "linear, AdamW", epochs, "top-1 %",
-              accuracy(head.cpu(), val.cls[0], val.labels))
+              accuracy(head.cpu(), val.cls, val.labels))
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -281,8 +316,8 @@ def online_regions(model, setup, some):
     """k-NN top-1 of the mean patch token and of [CLS], NaN without one; then what `on_object` says.
 
     some: {split: indices (n,) of samples}."""
-    train = extract_images(model, setup.views["train"], setup.device, index=some["train"])
-    val = extract_images(model, setup.views["val"], setup.device, index=some["val"])
+    train, val = [extract_images(model, setup.views[split], setup.device, fields=READS["knn"],
+                                 index=some[split]) for split in ("train", "val")]
     values = []
     for (_, x), (_, x_val) in zip(train.named(), val.named()):
         values.append(knn_accuracy(x[0], train.labels, x_val[0], val.labels))

@@ -68,7 +68,7 @@ def measure(config):
     classifier = train_on_labels(config, build_views(config, "train", device), device)
     lengths = protocol(config.mode).lengths
     features = extract(classifier.model, build_views(config, "val", device), lengths, device,
-                       seed=config.seed + 1, only_agg=True)
+                       fields={"z_agg"}, seed=config.seed + 1)
     for M, z_agg in features.z_agg.items():
         top1 = accuracy(classifier.head.cpu(), z_agg, features.labels)
         print(f"supervised, condition {config.condition}: top-1 {top1:.1f} % on z_agg M={M}")
