@@ -67,7 +67,9 @@ class Params(NamedTuple):
 
 
 def sample(n, image_size, recipe=CONTEXT, device="cpu", generator=None):
-    """Draw the Params of n views of images of size (H, W), or H = W given as one int."""
+    """Draw the Params of n views of images of size (H, W), or H = W given as one int.
+
+    H and W may be float tensors (n, 1): then every image has its own size."""
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, device=device, generator=generator)
 
@@ -92,23 +94,28 @@ def _sample_crop(image_size, recipe, uniform, tries=10):
     The first of ten random shapes that fits into the image, else the largest central crop of an
     allowed ratio."""
     H, W = _height_width(image_size)
-    area = H * W * uniform(*recipe.scale, tries)
+    share = uniform(*recipe.scale, tries)
+    H = H * torch.ones_like(share[:, :1])                                   # (n, 1)
+    W = W * torch.ones_like(share[:, :1])
+    area = H * W * share
     ratio = uniform(*map(math.log, recipe.ratio), tries).exp()
     height = (area / ratio).sqrt().round()
     width = (area * ratio).sqrt().round()
     fits = (height > 0) & (height <= H) & (width > 0) & (width <= W)
     first = fits.int().argmax(1, keepdim=True)
-    found = fits.any(1)
-    height = torch.where(found, height.gather(1, first)[:, 0], min(H, round(W / recipe.ratio[0])))
-    width = torch.where(found, width.gather(1, first)[:, 0], min(W, round(H * recipe.ratio[1])))
+    found = fits.any(1, keepdim=True)
+    tallest = torch.minimum(H, (W / recipe.ratio[0]).round())
+    widest = torch.minimum(W, (H * recipe.ratio[1]).round())
+    height = torch.where(found, height.gather(1, first), tallest)
+    width = torch.where(found, width.gather(1, first), widest)
 
     def place(free):
         """Pixels before the crop along an axis, of the `free` ones that it leaves."""
-        return torch.where(found, (uniform(0, 1) * (free + 1)).floor(), (free / 2).floor())
+        return torch.where(found, (uniform(0, 1, 1) * (free + 1)).floor(), (free / 2).floor())
 
     top = place(H - height)
     left = place(W - width)
-    return torch.stack([top, left, height, width], 1)
+    return torch.cat([top, left, height, width], dim=1)
 
 
 def _height_width(image_size):
@@ -153,12 +160,39 @@ def resized_crop_flip(images, crop, flip, size):
     top, left, height, width = crop.unbind(1)
     rows = _bicubic(top, height, H, size, torch.zeros_like(flip))
     columns = _bicubic(left, width, W, size, flip)
+    return _resampled(images, rows, columns)
+
+
+def resized_middle(images, rows, columns, size):
+    """What resizing an image and cutting (size, size) out of the result leaves, from a part of it.
+
+    images (B, 3, H, W), of which image b holds lines of a whole one.  rows, columns (B, 4), of each
+    axis: where the whole image begins (negative, before the part), its length, the length it is
+    resized to, and the first of the `size` pixels of that which are wanted.  ->  (B, 3, size, size)
+
+    Antialiased bicubic and clamped, as resized_crop_flip."""
+    B, C, H, W = images.shape
+    upright = torch.zeros(B, dtype=torch.bool, device=images.device)
+    start, length, whole, first = rows.unbind(1)
+    rows = _bicubic(start, length, H, size, upright, whole, first)
+    start, length, whole, first = columns.unbind(1)
+    columns = _bicubic(start, length, W, size, upright, whole, first)
+    return _resampled(images, rows, columns)
+
+
+def _resampled(images, rows, columns):
+    """Images (B, C, H, W) under the matrices (B, size, H) and (B, size, W), in [0, 1]."""
+    B, C, H, W = images.shape
+    size = columns.shape[1]
     views = torch.bmm(images.reshape(B, C * H, W), columns.transpose(1, 2)).view(B, C, H, size)
     return torch.matmul(rows[:, None], views).clamp_(0, 1)
 
 
-def _bicubic(start, length, extent, size, mirror):
+def _bicubic(start, length, extent, size, mirror, whole=None, first=None):
     """Matrices (B, size, extent): [start, start + length) of `extent` pixels, resampled to `size`.
+
+    whole, first (B,), if given: resampled to `whole`, of which only `size` pixels are wanted, from
+    the `first` on.
 
     Keys' cubic (a = -0.5), stretched by the scale when shrinking, cut at the crop's borders and
     renormalised: the filter of PIL and torchvision. Only the taps under it are computed, then
@@ -170,6 +204,9 @@ def _bicubic(start, length, extent, size, mirror):
     out = torch.arange(size, device=start.device)[:, None]
     out = torch.where(mirror, size - 1 - out, out)
     scale = length / size
+    if whole is not None:
+        out = first[:, None, None] + out
+        scale = length / whole[:, None, None]
     stretch = scale.clamp(min=1)
     centre = scale * (out + 0.5)            # in pixels from the crop's edge
     count = math.ceil(4 * max(extent / size, 1)) + 1        # a crop is no larger than the image

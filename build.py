@@ -23,6 +23,7 @@ from plumbing import flags
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
 from predictor import Predictor, RegionPredictor
+from regions import PictureCrops
 from sources import weights
 
 
@@ -31,7 +32,14 @@ def build_views(config, split, device):
     mode = MODES[config.mode]
     if "saliency" in mode.reads:
         saliency.check(config, part_names(config, split))
-    return mode(load(config, split), config, device)
+    return views_of(load(config, split), config, device)
+
+
+def views_of(split, config, device):
+    """The mode's view sampler over an images.Split."""
+    if split.parts[0].sizes is not None:                    # whole pictures: of mode regions alone
+        return PictureCrops(split, config, device)
+    return MODES[config.mode](split, config, device)
 
 
 def build_model(config, groups):

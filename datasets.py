@@ -179,7 +179,8 @@ def read_folder(config, split):
         wanted = held_out if name == "val" else ~held_out
         files = [file for file, keep in zip(everything, wanted) if keep]
     names = [class_of(file, top) for file in files]
-    return prepare.decoded(files, _numbers(names, classes), classes, config, name)
+    keep = prepare.pictures if config.mode == "regions" else prepare.decoded
+    return keep(files, _numbers(names, classes), classes, config, name)
 
 
 def _numbers(names, classes):

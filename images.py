@@ -9,11 +9,16 @@ How they are held:
 
     Split      one split of a data set: uint8 arrays, labels, normalisation constants
     Store      store[index] is a batch of rows, on the device
+    Pictures   pictures[boxes] is a batch of boxes cut out of pictures of any height and width
 
-Images are (N, 3, S, S), or (N, V, 3, S, S) for sets with V renders of each object.
+Images are (N, 3, S, S), or (N, V, 3, S, S) for sets with V renders of each object. What crops are
+taken from in mode regions may be kept as whole pictures, (3, H, W) each; how that is, and why,
+stands over `Pictures`.
 Checked in tests/test_images.py.
 """
 import hashlib
+import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, NamedTuple
 
@@ -134,6 +139,7 @@ class Part(NamedTuple):
     name: str               # "train", "unlabeled", ...
     rows: np.ndarray = None # which images of the part these are, if --limit left some out
     total: int = 0          # how many the part has in all
+    sizes: np.ndarray = None    # (n, 2) heights and widths, if `images` are n Pictures, flat
 
 
 class Split(NamedTuple):
@@ -158,7 +164,7 @@ class Store:
                       or mapped from the disk"""
 
     def __init__(self, arrays, device, resident="auto"):
-        parts = [torch.from_numpy(array) for array in arrays]
+        parts = [_wrapped(array) for array in arrays]
         total = sum(part.numel() * part.element_size() for part in parts)
         if resident == "yes" or (resident == "auto" and fits(total, device)):
             parts = [part.to(device) for part in parts]
@@ -178,7 +184,7 @@ class Store:
     def __getitem__(self, index):
         """index (B,) int64 on the CPU -> (B, ...) on the device."""
         if len(self.parts) == 1 and not self.ahead:
-            return self.parts[0].index_select(0, index.to(self.device, non_blocking=True))
+            return self._rows(index)
         for i, (told, rows) in enumerate(self.waiting):
             if torch.equal(told, index):
                 del self.waiting[i]
@@ -197,6 +203,10 @@ class Store:
         rows = self.reader.submit(self._gather, index)
         self.waiting = self.waiting[-(AHEAD - 1):] + [(index, rows)]
 
+    def _rows(self, index):
+        """Rows (B, ...) of the one part, where it lies."""
+        return self.parts[0].index_select(0, index.to(self.device, non_blocking=True))
+
     def _gather(self, index):
         """Rows (B, ...) on the CPU.
 
@@ -213,6 +223,83 @@ class Store:
         return rows
 
 
+# Pictures of any height and width are kept as they come from their files, decoded, but no larger
+# than needed (sources/prepare.py says how large). The other way, to decode the file at every step,
+# needs no disk, and 8 to 14 cores for each GPU that takes 2,500 images/s; this takes half a core,
+# and finds a damaged file before training and not during it. Measured in results/README.md, "Crops
+# from whole pictures".
+#
+# All lie in one flat array, one after the other, each as (3, H, W). To cut boxes of different sizes
+# out of it at once, one looks at the array as overlapping rows of C bytes, one starting at every
+# byte: a line of a box is the beginning of such a row. So a batch of boxes is one index_select of
+# B * 3 * C rows, a (B, 3, C, C) array with each box in its upper left corner, of fixed shape
+# whatever the boxes are. What lies beside and below a box is not of it; who reads the array, a
+# product with matrices that are zero there, gives it no weight.
+
+class Pictures(Store):
+    """Pictures of different sizes: pictures[boxes] is a batch of boxes.
+
+    part: a Part whose images are flat uint8, at least C bytes longer than the pictures, and whose
+    `sizes` are given.  device, resident: as of a Store.
+
+    boxes (B, 5) int64 on the CPU: picture, top, left, height, width, inside the picture and at most
+    C on a side  ->  (B, 3, C, C) uint8 on the device, a box in the upper left corner."""
+
+    def __init__(self, part, device, resident="auto"):
+        super().__init__([part.images], device, resident)
+        self.sizes = torch.from_numpy(part.sizes).long()
+        self.side = canvas_side(part.sizes)
+        counts = 3 * self.sizes.prod(1)
+        self.begin = counts.cumsum(0) - counts          # of each picture, bytes
+        flat, = self.parts
+        assert len(flat) >= counts.sum() + self.side, "a row that starts at the last byte is cut"
+        self.windows = flat.as_strided((len(flat) - self.side + 1, self.side), (1, 1))
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def _rows(self, boxes):
+        rows = self.windows.index_select(0, self._starts(boxes, self.windows.device))
+        return rows.view(len(boxes), 3, self.side, self.side)
+
+    def _gather(self, boxes):
+        shape = (len(boxes), 3, self.side, self.side)
+        rows = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        starts = self._starts(boxes, torch.device("cpu"))
+        torch.index_select(self.windows, 0, starts, out=rows.view(-1, self.side))
+        return rows
+
+    def _starts(self, boxes, device):
+        """Where the lines of boxes begin, bytes: (B * 3 * C,) int64. Below a box its last line is
+        repeated, so that nothing is read that is not needed."""
+        picture, top, left, height, _ = boxes.unbind(1)
+        H, W = self.sizes[picture].unbind(1)
+        # A few numbers a box travel, and the host does not wait for that.
+        table = torch.stack([self.begin[picture], top, left, height, H, W])
+        begin, top, left, height, H, W = table.to(device, non_blocking=True)[:, :, None, None]
+        line = torch.arange(self.side, device=device)
+        channel = torch.arange(3, device=device)[:, None]
+        row = top + torch.minimum(line, height - 1)                         # (B, 1, C)
+        return (begin + (channel * H + row) * W + left).flatten()
+
+
+def canvas_side(sizes):
+    """C, the side of a square that takes every box of pictures of `sizes` (n, 2), whose sides are
+    as 3 to 4 at most.
+
+    A random crop lies in the picture, so its shorter side is at most the picture's, and the longer
+    a third more. Rounded up to a multiple of 8, which suits a GPU's matrix products."""
+    shorter = int(sizes.min(1).max())
+    return 8 * math.ceil((4 / 3 * (shorter + 1) + 1) / 8)
+
+
+def _wrapped(array):
+    """A tensor of an array's memory. Nothing writes to it, so it may be read-only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
 def fits(size, device):
     """Whether `size` bytes may live on the device.
 
@@ -223,8 +310,11 @@ def fits(size, device):
 def single_images(split, device, resident="auto"):
     """Every image by itself, the renders of one object too.
 
-    ->  Store of (n, 3, S, S), labels (n,) int64"""
+    ->  Store of (n, 3, S, S), or Pictures, and labels (n,) int64"""
+    labels = torch.from_numpy(split.labels)
+    if split.parts[0].sizes is not None:
+        return Pictures(split.parts[0], device, resident), labels
     arrays = [part.images.reshape(-1, *part.images.shape[-3:]) for part in split.parts]
     images = Store(arrays, device, resident)
     renders = len(images) // len(split.labels)
-    return images, torch.from_numpy(split.labels).repeat_interleave(renders)
+    return images, labels.repeat_interleave(renders)

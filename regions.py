@@ -27,20 +27,22 @@ step's random blocks.
                                    salient regions are used
 
 A step's randomness is drawn there, so that the model is a function of its batch (but for --order
-random). Images are cropped from the stored S x S ones, not from the files.
+random). `Crops` cuts small images, stored as S x S, `PictureCrops` whole photographs, as the paper
+does (images.Pictures: how they are held).
 
 All is batched, of fixed shapes, and never waits for the device. Thresholds equal OpenCV's,
 components SciPy's. Differs from the authors' code, which drops regions under 30 patches and leaves
 an image whose regions run out without them. I-JEPA's code never places a block on the last row or
 column; here every place that fits is as likely. Checked in tests/test_regions.py.
 """
+import hashlib
 import math
 
 import torch
 import torch.nn.functional as F
 
-from augmentations import Recipe, resized_crop_flip, sample
-from images import Batch, Views
+from augmentations import Recipe, resized_crop_flip, resized_middle, sample
+from images import DIGESTED, Batch, Views
 
 RULES = ("otsu", "otsu-refill")
 ORDERS = ("discriminative", "random", "spatial", "inverse", "truncated")
@@ -56,6 +58,8 @@ TRIES = 32                      # placements drawn at once, of which the best is
 # What the linear probe and fine-tuning train on: crops of 0.08 to 1, torchvision's default, flipped
 # or not.
 LABELLED = Recipe(scale=(0.08, 1.0), flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
+
+TEST_SIDE = 256 / 224           # shorter side of a picture in testing, over that of its middle
 
 
 def _wide(device):
@@ -442,17 +446,20 @@ class Crops(Views):
     def __call__(self, index, M=0):
         """index (B,) int64 on the CPU -> Batch.  M: not used, an image is one view."""
         B = len(index)
-        drawn = sample(B, self.image_size, self.recipe, self.device)
-        images = self.to_views(self.images[index], drawn.crop, drawn.flip)
+        crops = self.crops(index, self.recipe)
         blocks = self.random_blocks(B)
         coin = torch.rand(B, 1, device=self.device)
-        return Batch(images[:, None], blocks, coin, self.labels_of(index))
+        return Batch(crops[:, None], blocks, coin, self.labels_of(index))
 
     def augmented(self, index):
         """What a classifier trains on: one random crop of each image, (B, 3, S, S), normalised.
 
         Of 0.08 to 1 of its area, flipped or not, fresh in every call. `clean` is for testing."""
-        drawn = sample(len(index), self.image_size, LABELLED, self.device)
+        return self.crops(index, LABELLED)
+
+    def crops(self, index, recipe):
+        """One random crop of each image, by the recipe: (B, 3, S, S), normalised."""
+        drawn = sample(len(index), self.image_size, recipe, self.device)
         return self.to_views(self.images[index], drawn.crop, drawn.flip)
 
     def random_blocks(self, B):
@@ -464,7 +471,67 @@ class Crops(Views):
         return rank.flatten(1)[:, None]
 
     def to_views(self, images, crop, flip):
-        """uint8 (B, 3, S, S), crop (B, 4), flip (B,) -> crops (B, 3, S, S) float, normalised."""
+        """uint8 (B, 3, H, W), crop (B, 4), flip (B,) -> crops (B, 3, S, S) float, normalised."""
         with torch.autocast(self.device.type, enabled=False):   # bf16 has too few bits for pixels
             crops = resized_crop_flip(images.float().div_(255), crop, flip, self.image_size)
-        return crops.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
+        return self.standardised(crops)
+
+    def standardised(self, images):
+        """Float images (B, 3, S, S) in [0, 1], normalised in place."""
+        return images.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
+
+
+class PictureCrops(Crops):
+    """Mode `regions` where the data set's pictures are held whole (images.Pictures).
+
+    Random crops are drawn on each picture's own height and width, by the host, which must know them
+    to read no more than the crop. To test, a picture is resized to 8/7 S on its shorter side, 256
+    pixels where S is 224, and the middle is cut out."""
+
+    def crops(self, index, recipe):
+        """One random crop of each picture, by the recipe: (B, 3, S, S), normalised."""
+        drawn, boxes = self.draw(index, recipe)
+        place = drawn.crop * torch.tensor([0, 0, 1, 1])         # a box lies in the upper left
+        place = torch.cat([place, drawn.flip[:, None]], dim=1)
+        place = place.to(self.device, non_blocking=True)
+        return self.to_views(self.images[boxes], place[:, :4], place[:, 4].bool())
+
+    def draw(self, index, recipe):
+        """Params of random crops, on the CPU, and the boxes (B, 5) to read for them."""
+        height, width = self.images.sizes[index].float().split(1, dim=1)
+        drawn = sample(len(index), (height, width), recipe)
+        return drawn, torch.cat([index[:, None], drawn.crop.long()], dim=1)
+
+    def prefetch(self, index, M=0):
+        """Say that self(index) comes soon."""
+        _, boxes = self.draw(index, self.recipe)
+        self.images.prefetch(boxes)
+
+    def clean(self, index):
+        """The picture, its shorter side at 8/7 S, of that the middle: (B, 3, S, S), normalised."""
+        boxes = self.middle(index)
+        rows, columns = self.test_window(boxes).to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = self.images[boxes].float().div_(255)
+            return self.standardised(resized_middle(pixels, rows, columns, self.image_size))
+
+    def middle(self, index):
+        """As much of the middle of each picture as is read at once: boxes (B, 5)."""
+        size = self.images.sizes[index]                                     # (B, 2)
+        box = size.clamp(max=self.images.side)
+        return torch.cat([index[:, None], (size - box) // 2, box], dim=1)
+
+    def test_window(self, boxes):
+        """What `clean` wants of boxes (B, 5): (2, B, 4) for resized_middle, rows and columns."""
+        size = self.images.sizes[boxes[:, 0]]
+        shorter = size.amin(1, keepdim=True)
+        whole = round(TEST_SIDE * self.image_size) * size // shorter        # torchvision's rounding
+        first = ((whole - self.image_size) / 2).round()
+        return torch.stack([-boxes[:, 1:3], size, whole, first], dim=2).transpose(0, 1)
+
+    def digest(self):
+        """As Views.digest: of all labels, all sizes and some pictures' pixels."""
+        some = torch.linspace(0, len(self) - 1, min(DIGESTED, len(self))).long()
+        pixels = self.images[self.middle(some)].cpu().numpy().tobytes()
+        sizes = self.images.sizes.numpy().tobytes()
+        return hashlib.sha256(pixels + sizes + self.labels.numpy().tobytes()).hexdigest()

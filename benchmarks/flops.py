@@ -24,10 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import config as settings
-from build import build_model
+from build import build_model, views_of
 from dseq_jepa import RegionJEPA
 from images import Part, Split
-from regions import Crops
 
 PARTS = ("target_encoder", "encoder", "predictor")
 ENCODER_ATTRIBUTES = ("dim", "grid", "positions", "cls_token")      # those that RegionJEPA reads
@@ -151,7 +150,7 @@ def region_costs(split, device, batch_size=64, **changes):
         for name, way in ways.items():
             changed = dict(regions=way.regions, max_region=way.max_region)
             counted[name] = by_size(dataclasses.replace(config, **changed), device)
-        views = Crops(split, config, device)
+        views = views_of(split, config, device)
         model = build_model(config, {}).to(device).train()
         for index in torch.arange(len(views)).split(batch_size):
             batch = views(index)

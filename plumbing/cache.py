@@ -11,6 +11,7 @@ The 3DIEBench pack, which takes hours, is `resumable`: the unfinished `x.npy.par
 on from there.
 """
 import contextlib
+import errno
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from plumbing.errors import BadInput, printable
 from plumbing.files import collect_parts, part_of, save_atomically
 
 
-def cached(path, key, shape, dtype, fill, what, resumable=False):
+def cached(path, key, shape, dtype, fill, what, resumable=False, unit="row"):
     """Memory-mapped array of `shape` at `path`, made by `fill` if absent or out of date.
 
     key: JSON-able description of everything the content depends on.
@@ -32,6 +33,7 @@ def cached(path, key, shape, dtype, fill, what, resumable=False):
     (array, first row to write).
     what: words for the progress bar, such as "decoding 200 images".
     resumable: keep what an interrupted run wrote, and say beforehand how much disk the array takes.
+    unit: what a row is, for the progress bar.
     Raises: BadInput if the folder cannot be written or has no room."""
     path = Path(path)
     key = json.loads(json.dumps(dict(key, shape=shape, dtype=np.dtype(dtype).name)))
@@ -40,19 +42,20 @@ def cached(path, key, shape, dtype, fill, what, resumable=False):
     if path.exists():
         print(f"{printable(path)} does not fit the present data or settings: making it again")
     if resumable:
-        _make_resumably(path, key, fill, what)
+        _make_resumably(path, key, fill, what, unit)
     else:
-        _make(path, key, fill, what)
+        _make(path, key, fill, what, unit)
     return open_array(path)
 
 
-def _make(path, key, fill, what):
+def _make(path, key, fill, what, unit):
     """Fill a new array under another name, then give it its own."""
     _make_room(path, _size(key))
     part = part_of(path)
     try:
         array = _reserve(part, path, key)
-        with tqdm(total=len(array), desc=what, unit="row", leave=False) as bar:
+        with tqdm(total=len(array), desc=what, unit=unit, unit_scale=unit == "B",
+                  leave=False) as bar:
             for done in fill(array):
                 bar.update(done - bar.n)
         array.flush()
@@ -61,7 +64,7 @@ def _make(path, key, fill, what):
         part.unlink(missing_ok=True)
 
 
-def _make_resumably(path, key, fill, what):
+def _make_resumably(path, key, fill, what, unit):
     """As _make, but an unfinished array stays, and a progress file says which of its rows count."""
     part = path.with_name(path.name + ".part")
     progress = path.with_name(path.name + ".progress")
@@ -79,7 +82,8 @@ def _make_resumably(path, key, fill, what):
         if not start:
             progress.unlink(missing_ok=True)    # it must not vouch for the empty array to come
         array = _map(part, "r+" if start else "w+", key)
-        with tqdm(total=total, initial=start, desc=what, unit="row", leave=False) as bar:
+        with tqdm(total=total, initial=start, desc=what, unit=unit, unit_scale=unit == "B",
+                  leave=False) as bar:
             for done in fill(array, start):
                 array.flush()                   # first the rows, then the word that they are there
                 _write_json(progress, dict(key=key, rows=done))
@@ -178,11 +182,18 @@ def cache_path(config, what):
 
 
 def open_array(path):
-    """Memory-map an .npy file: copy-on-write, so that torch may wrap it and no file is changed."""
+    """Memory-map an .npy file: copy-on-write, so that torch may wrap it and no file is changed.
+
+    Read-only where it is larger than memory, which Linux does not promise to copies."""
     if path.exists() and not path.is_file():
         raise BadInput(f"{path}: not a regular file; remove it")    # to open a pipe would hang
     try:
-        return np.lib.format.open_memmap(path, mode="c")    # unlike np.load, takes .npy only
+        try:
+            return np.lib.format.open_memmap(path, mode="c")    # unlike np.load, takes .npy only
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:          # what NumPy raises on damaged headers has no common type
         raise BadInput(f"{path}: not a readable .npy array ({error}); was it cut short? "
                        "Fetch or make it again") from None
