@@ -9,6 +9,8 @@
                                                              a ViT on another data set
     python evaluate.py --weights FILE --dataset folder --data-dir DIR
                                                              weights of others (sources/weights.py)
+    torchrun --nproc-per-node 8 evaluate.py runs/NAME/last.pt --probe segment --dataset ade20k ...
+                                                             a dense task (docs/dense.md)
 
 Prints a table, each number beside the same probe on a randomly initialised model of the same shape,
 and beside the paper's (papers.csv) where there is one; writes it to runs/NAME/probes.json.
@@ -22,6 +24,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -35,14 +38,16 @@ import config as settings
 import probes
 import probes_regions
 from build import EncoderAlone, build_model, build_views, outside_model
+from dense import probes as dense
 from encoder import VITS
 from figures import regions as figures_of_regions
 from figures import sequences as figures
-from plumbing import command, flags
+from plumbing import command, distributed, flags
 from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
 from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
+from plumbing.loop import launch
 from plumbing.report import write_report
 from plumbing.runs import load_checkpoint, restore
 from sources.weights import from_file
@@ -68,6 +73,7 @@ PROBES = {
     "linear": probes_regions.probe_linear,
     "cls": probes_regions.probe_cls,
     "finetune": probes_regions.probe_finetune,
+    **dense.PROBES,
 }
 
 
@@ -116,7 +122,7 @@ PROTOCOLS = {
         heads={"crop": "mlp", "jitter": "mlp", "blur": "linear"}),
     "regions": Protocol(                                                    # DSeq-JEPA, Table 1
         probes=("linear", "knn", "cls"),
-        on_request=("finetune",),
+        on_request=dense.NO_FEATURES,
         any_images=True,
         measure=probes_regions.measure_images,
         online=probes_regions.online_regions,
@@ -187,25 +193,28 @@ def evaluate(options):
     refuse_unwritable(source.result, "choose another place with --json", holds='"checkpoint"')
     if options.figures:
         refuse_unwritable(run_dir / "report.html", "leave out --figures")
-    device = pick_device(options.device)
+    device = distributed.own_device(pick_device(options.device))
+    distributed.connect(device)
     rules = protocol(config.mode)
     names, data = choose_probes(options, config)
     lengths = choose_lengths(options, config, names)
     settings.check(config)
     # Before data is rendered: has an object so many views?
     settings.check_views(dataclasses.replace(config, views=max((2, *lengths))))
-    views = {split: build_views(data, split, device) for split in ("train", "val")}
+    views = distributed.in_turn(open_data, data, device)
     setup = probes.Setup(
         views, device, config.seed, M_train=config.views, lengths=lengths, probes=names,
         heads=rules.heads, samplings=options.samplings, probe_epochs=options.probe_epochs,
-        quick=config.quick, amp=options.amp and device.type == "cuda", folder=run_dir)
+        quick=config.quick or options.quick, amp=options.amp and device.type == "cuda",
+        folder=run_dir, tag=data.dataset)
 
     model, twin = two_models(source, views, device, options.untrained)
     if options.compile:
         for each in filter(None, (model, twin)):
             each.representation.compile()
     paper = {}
-    if source.of_run and data.dataset == config.dataset and not options.probe_epochs:
+    own = data.dataset == config.dataset or data.dataset in dense.READERS
+    if source.of_run and own and not options.probe_epochs and not options.quick:
         paper = paper_numbers(config)
     rows = measure_both(model, twin, setup, rules, paper)
     result = dict(
@@ -217,14 +226,23 @@ def evaluate(options):
         limit=data.limit,
         seconds=round(time.monotonic() - started, 1), rows=rows,
         remarks=[*source.remarks, *remarks_on(views, config)])
+    if not distributed.is_main():
+        return 0
     show(result)
     text = json.dumps(result, indent=1) + "\n"
     save_atomically(source.result, lambda part: part.write_text(text))
-    if options.figures:
-        for figure in rules.draw(model, views["val"], config, rows, run_dir):
+    if options.figures:         # dense probes have drawn theirs
+        draw = rules.draw if data.dataset not in dense.READERS else lambda *_: ()
+        for figure in draw(model, views["val"], config, rows, run_dir):
             print(f"drew {printable(figure)}")
         print(f"wrote {printable(write_report(run_dir, result))}")
     return 0
+
+
+def open_data(data, device):
+    """Both splits of the data of this Config: samplers of views, or what dense probes read."""
+    read = dense.READERS.get(data.dataset, functools.partial(build_views, device=device))
+    return {split: read(data, split) for split in ("train", "val")}
 
 
 def show(result):
@@ -239,11 +257,12 @@ def show(result):
 
 def two_models(source, views, device, untrained=True):
     """The trained model, and one of the same shape that has learnt nothing, or None."""
-    model = build_model(source.config, views["val"].groups)
+    groups = getattr(views["val"], "groups", {})        # dense data has no actions
+    model = build_model(source.config, groups)
     source.fill(model)
     if not untrained:
         return model.to(device), None
-    twin = build_model(source.config, views["val"].groups).to(device)
+    twin = build_model(source.config, groups).to(device)
     settle_batchnorm(twin, views["train"], source.config.views)
     return model.to(device), twin
 
@@ -253,7 +272,9 @@ def measure_both(model, twin, setup, rules, paper):
 
     twin: None leaves the untrained out.  paper: {(probe, predicts, from): value}"""
     rows = measure(model, setup, rules)
-    others = measure(twin, setup, rules) if twin else [dict(value=None)] * len(rows)
+    others = [dict(value=None)] * len(rows)
+    if twin:
+        others = measure(twin, dataclasses.replace(setup, tag=f"{setup.tag}-untrained"), rules)
     for row, other in zip(rows, others):
         row["untrained"] = other["value"]
         row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
@@ -264,7 +285,9 @@ def measure(model, setup, rules):
     """All rows of one model.
 
     Raises: BadInput if a feature or a result is not finite: a classifier on NaN looks like one."""
-    train, val = rules.measure(model, setup)
+    train = val = None
+    if set(setup.probes) - set(dense.NO_FEATURES):
+        train, val = rules.measure(model, setup)
     rows = []
     for name in setup.probes:
         for row in PROBES[name](model, train, val, setup):
@@ -284,7 +307,7 @@ def remarks_on(views, config):
         absent = ["rows of z_agg", *(name for name in rules.probes if name in AGGREGATE)]
         remarks.append(f"left out, for {gathers_none(config)} into z_agg: {', '.join(absent)}")
     for split, sampler in views.items():
-        if len(sampler.labels.unique()) == 1:
+        if hasattr(sampler, "labels") and len(sampler.labels.unique()) == 1:
             remarks.append(f"all {split} samples are of one class: top-1 says nothing, "
                            "whatever it is")
     return remarks
@@ -320,7 +343,7 @@ def table(rows):
     """Rows as aligned text."""
     lines = ["probe predicts from head epochs unit trained untrained paper".split()]
     for r in rows:
-        digits = 1 if r["unit"] == "top-1 %" else 3
+        digits = 1 if r["unit"] in ("top-1 %", "mIoU", "AP") else 3
         words = [r["probe"], r["predicts"], r["from"], r["head"], str(r["epochs"]), r["unit"]]
         numbers = (r["value"], r["untrained"], r["paper"])
         lines.append(words + ["-" if v is None else f"{v:.{digits}f}" for v in numbers])
@@ -440,13 +463,14 @@ def choose_probes(options, config):
         if transfer != bool(options.dataset) or transfer and len(names) > 1:
             raise BadInput("--probe transfer: stands alone and needs --dataset, "
                            "the data set to transfer to")
-    if options.dataset:
+    dense.refuse(names, options.dataset)
+    if options.dataset in settings.DATASETS:
         return names, other_data(options, config)
     for flag in ("image_size", "patch_size", "saliency"):
         if getattr(options, flag) is not None:
             raise BadInput(f"{flags.name_of(flag)}: only with --probe transfer; "
                            "the run's own comes from its checkpoint")
-    return names, config
+    return names, dataclasses.replace(config, dataset=options.dataset or config.dataset)
 
 
 def other_data(options, config):
@@ -523,9 +547,11 @@ def parse(argv=None):
                         "epochs, 28, `linear` draws fresh crops in each, as the paper")
     p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
-    p.add_argument("--dataset", choices=settings.DATASETS,
+    p.add_argument("--dataset", choices=(*settings.DATASETS, *dense.READERS),
                    help="probe on another data set: with --probe transfer, or any probe of mode "
-                        "regions")
+                        "regions; dense probes need one of their own")
+    p.add_argument("--quick", action="store_true",
+                   help="shorter training of MLP heads and dense probes, as for a --quick run")
     p.add_argument("--image-size", type=int, metavar="N",
                    help="with --probe transfer: its image size (default: its preset's)")
     p.add_argument("--patch-size", type=int, metavar="N",
@@ -582,6 +608,8 @@ def check_source(options):
 
 def main(argv=None):
     """Exit status 0, 2 for bad input, 128 + signal if stopped."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":                    # torchrun's
+        return launch(evaluate, parse, argv)
     less = "lower --limit, --samplings or --views, or use --device cpu"
     return command.run(evaluate, parse, argv, less)
 

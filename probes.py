@@ -47,7 +47,13 @@ class Setup:
     probe_epochs: int = 0       # of every head; 0: the protocol's
     quick: bool = False
     amp: bool = False           # bfloat16 autocast while features are extracted
-    folder: Path = None         # for features that are too large for memory
+    folder: Path = None         # of the run: where probes that train for long keep checkpoints, and
+                                # features lie that are too large for memory
+    tag: str = ""               # and how these end: the data set, and whose weights
+
+    def file(self, probe, suffix):
+        """What a probe keeps under this suffix; None where there is no folder."""
+        return self.folder and self.folder / f"{probe}-{self.tag}{suffix}"
 
 
 # ---------------------------------------------------------------- features
