@@ -50,6 +50,13 @@ MOST_VIEWS = 100                # M_val, ten times the papers' longest
 MOST_EPOCHS = 10_000            # of a head; the papers' longest take 300
 MOST_SAMPLINGS = 300            # of a training sample; an epoch sees one of them
 
+
+def probe_finetune(*args):
+    """dense.finetune.probe_finetune."""
+    from dense import finetune  # torchvision's transforms, a second: only where needed
+    return finetune.probe_finetune(*args)
+
+
 # (model, train features, val features, setup) -> rows of the table
 PROBES = {
     "classify": probes.probe_classify,
@@ -62,7 +69,7 @@ PROBES = {
     "transfer": probes.probe_transfer,
     "linear": probes_regions.probe_linear,
     "cls": probes_regions.probe_cls,
-    "finetune": probes_regions.probe_finetune,
+    "finetune": probe_finetune,
 }
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as tv
 from dense import randaugment
 from dense.randaugment import NAMES, UNCHANGED, Drawn, draw, erase, rand_augment
 
-FILL = torch.tensor([0.5, 0.4, 0.3])
+FILL = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
 STRENGTHS = (-1.0, -0.9, -0.3, 0.0, 0.55, 0.9, 0.97)
 SIZE = 24
 
@@ -74,24 +74,24 @@ def test_an_operation_is_torchvision_s_image_by_image(name, pixels):
             covered = TORCHVISION[name](torch.ones_like(x), strength)
             whole = (covered == 0) | (covered > 1 - 1e-6)
             assert whole.float().mean() > 0.8
-            uncovered = (covered == 0) * FILL.view(3, 1, 1)
+            uncovered = (covered == 0) * FILL
             theirs = torch.where(whole, theirs + uncovered, image)
         torch.testing.assert_close(image, theirs, atol=2e-5, rtol=0)
 
 
 def test_what_a_warp_uncovers_has_the_mean_colour():
-    plain = FILL.view(3, 1, 1).expand(len(STRENGTHS), 3, SIZE, SIZE)
+    plain = FILL.expand(len(STRENGTHS), 3, SIZE, SIZE)
     for name in randaugment.MATRICES:
         torch.testing.assert_close(ours(name, plain), plain)
     half = ours("translate x", torch.ones_like(plain), len(STRENGTHS) * [1 / 0.45 * 0.5 / SIZE])
     expected = torch.ones_like(plain).clone()       # half a pixel to the left: the last one is half
-    expected[..., -1] = (1 + FILL.view(3, 1)) / 2
+    expected[..., -1] = (1 + FILL[:, :, 0]) / 2
     torch.testing.assert_close(half, expected)
 
 
 def transform(x, *numbers):
     return x.transform(x.size, Image.AFFINE, numbers, Image.BILINEAR,
-                       fillcolor=tuple(int(255 * c) for c in FILL))
+                       fillcolor=tuple(int(255 * c) for c in FILL.flatten()))
 
 
 def posterise(x, s):
