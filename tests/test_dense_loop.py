@@ -214,4 +214,4 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert same(*ranks)
     for found, expected in zip(ranks[0][0], alone, strict=True):
-        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max() + 1e-7
+        assert (found - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-7
