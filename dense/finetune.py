@@ -132,7 +132,8 @@ def probe_finetune(model, train, val, setup):
     net = Classifier(model.representation, len(views.classes))
     recipe = recipe_for(net.vit, len(views), epochs)
     batches = augmented_batches(views, recipe, setup.seed)
-    loop.train(net, net.vit, recipe, batches, setup, setup.file("finetune", ".pt"), "fine-tuning")
+    loop.train(net, net.vit, recipe, batches, setup, setup.file("finetune", ".pt"),
+               "fine-tuning", views.digest())
     yield row("finetune", "class", "mean patch token, all weights", "linear, AdamW", epochs,
               "top-1 %", top1(net, setup.views["val"]))
 

@@ -12,6 +12,7 @@ from dense import finetune, loop
 from dense.finetune import TUNING, Classifier, augmented_batches, recipe_for
 from encoder import VITS, ViT
 from plumbing import distributed
+from plumbing.errors import BadInput
 from probes import Setup
 
 
@@ -208,3 +209,33 @@ def test_how_long(setting, monkeypatch):
         found, = finetune.probe_finetune(model, None, None, setup_of(views, **changes))
         assert found["epochs"] == epochs and seen[-1].steps == epochs
         assert seen[-1].warmup == epochs // 10
+
+
+def test_stopped_and_started_again_it_ends_where_it_would_have(setting, tmp_path):
+    """The checkpoint is of the second epoch of three; other images are refused."""
+    model, views = setting(n=8)
+    setup = setup_of(views, probe_epochs=3, folder=tmp_path, tag="folder")
+    with_file = setup.file("finetune", ".pt")
+    whole, = finetune.probe_finetune(model, None, None, setup)
+    expected = torch.load(with_file, weights_only=True)
+    with_file.unlink()
+    train = loop.train
+
+    def stopping(net, vit, recipe, batches, *rest):
+        def some(first):
+            for step, batch in enumerate(batches(first), first):
+                if step == 2:
+                    raise KeyboardInterrupt
+                yield batch
+
+        train(net, vit, recipe, some, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train", stopping)
+        list(finetune.probe_finetune(model, None, None, setup))
+    assert torch.load(with_file, weights_only=True)["step"] == 2
+    again, = finetune.probe_finetune(model, None, None, setup)
+    assert again == whole and same(torch.load(with_file, weights_only=True), expected)
+    views["train"].images.parts[0].zero_()
+    with pytest.raises(BadInput, match="other images"):
+        list(finetune.probe_finetune(model, None, None, setup))

@@ -211,7 +211,7 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
     for flags, words in (
         (
             ["--probe", "classify"],
-            "does not apply to mode regions; choose from linear, knn, cls, finetune",
+            "does not apply to mode regions; choose from linear, knn, cls, ",
         ),
         (["--dataset", "folder", "--patch-size", "4"], "the run's own is kept"),
         (["--probe", "transfer"], "does not apply"),
