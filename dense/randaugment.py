@@ -60,13 +60,13 @@ def draw(B):
 def rand_augment(pixels, drawn, fill):
     """pixels (B, 3, S, S) in [0, 1], Drawn for as many -> (B, 3, S, S) in [0, 1].
 
-    fill (3, 1, 1): the colour of what a warp uncovers."""
+    fill (3, 1, 1): the colour of what a warp uncovers.
+    Not for use under autocast: pixels need more than 8 bits."""
     warps = {name: functools.partial(warp, matrix_of=matrix_of, fill=fill)
              for name, matrix_of in MATRICES.items()}
     operations = [*warps.values(), *COLOURS.values()]
-    with torch.autocast(pixels.device.type, enabled=False):     # pixels need more than 8 bits
-        for operation, strength in zip(*drawn):
-            pixels = one_round(pixels, operation, strength, operations)
+    for operation, strength in zip(*drawn):
+        pixels = one_round(pixels, operation, strength, operations)
     return pixels
 
 

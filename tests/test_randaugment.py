@@ -191,3 +191,12 @@ def test_a_quarter_is_erased_by_a_box_of_noise():
     assert noise.mean().abs() < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
     torch.manual_seed(0)
     assert torch.equal(erase(images[:1]), images[:1])                       # nobody chosen: 0.50
+
+
+def test_nothing_asks_the_device_for_a_value():
+    """On PyTorch's device "meta", whose tensors have none."""
+    pixels = torch.empty(200, 3, SIZE, SIZE, device="meta")
+    fill = torch.empty(3, 1, 1, device="meta")
+    drawn = draw(200)
+    assert len(drawn.operation.unique()) == len(NAMES)
+    assert erase(rand_augment(pixels, drawn, fill)).shape == pixels.shape
