@@ -60,6 +60,7 @@ MOST_VIEWS = 100                # M_val, ten times the papers' longest
 MOST_EPOCHS = 10_000            # of a head; the papers' longest take 300
 MOST_SAMPLINGS = 300            # of a training sample; an epoch sees one of them
 
+
 # (model, train features, val features, setup) -> rows of the table
 PROBES = {
     "classify": probes.probe_classify,
@@ -72,12 +73,13 @@ PROBES = {
     "transfer": probes.probe_transfer,
     "linear": probes_regions.probe_linear,
     "cls": probes_regions.probe_cls,
-    "finetune": probes_regions.probe_finetune,
+    "finetune": dense.later("dense.finetune", "probe_finetune"),
     **dense.PROBES,
 }
 
 
 AGGREGATE = ("path", "invariance", "retrieval", "transfer")     # of these: what reads z_agg alone
+FROM_SCRATCH = ("finetune",)            # on the untrained model: training from scratch, for days
 
 
 # ---------------------------------------------------------------- one row for each mode
@@ -208,7 +210,12 @@ def evaluate(options):
         quick=config.quick or options.quick, amp=options.amp and device.type == "cuda",
         folder=run_dir, tag=data.dataset)
 
-    model, twin = two_models(source, views, device, options.untrained)
+    beside = names
+    if options.untrained is None:
+        beside = tuple(name for name in names if name not in FROM_SCRATCH)
+    elif not options.untrained:
+        beside = ()
+    model, twin = two_models(source, views, device, bool(beside))
     if options.compile:
         for each in filter(None, (model, twin)):
             each.representation.compile()
@@ -216,7 +223,7 @@ def evaluate(options):
     own = data.dataset == config.dataset or data.dataset in dense.READERS
     if source.of_run and own and not options.probe_epochs and not options.quick:
         paper = paper_numbers(config)
-    rows = measure_both(model, twin, setup, rules, paper)
+    rows = measure_both(model, twin, setup, rules, paper, beside)
     result = dict(
         checkpoint=str(source.path), step=source.step,
         weights=None if source.of_run else source.path.name,
@@ -267,16 +274,18 @@ def two_models(source, views, device, untrained=True):
     return model.to(device), twin
 
 
-def measure_both(model, twin, setup, rules, paper):
+def measure_both(model, twin, setup, rules, paper, beside):
     """All rows of the trained model, each with the untrained one's number and the paper's, or None.
 
-    twin: None leaves the untrained out.  paper: {(probe, predicts, from): value}"""
+    twin: None leaves the untrained out.  paper: {(probe, predicts, from): value}
+    beside: names of the probes that the untrained is put to as well."""
     rows = measure(model, setup, rules)
-    others = [dict(value=None)] * len(rows)
+    others = iter(())
     if twin:
-        others = measure(twin, dataclasses.replace(setup, tag=f"{setup.tag}-untrained"), rules)
-    for row, other in zip(rows, others):
-        row["untrained"] = other["value"]
+        setup = dataclasses.replace(setup, tag=f"{setup.tag}-untrained", probes=beside)
+        others = iter(measure(twin, setup, rules))
+    for row in rows:
+        row["untrained"] = next(others)["value"] if twin and row["probe"] in beside else None
         row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
     return rows
 
@@ -559,8 +568,9 @@ def parse(argv=None):
     p.add_argument("--saliency", metavar="S",
                    help="with --probe transfer: its saliency maps, as train.py's --saliency "
                         "(default: the run's)")
-    p.add_argument("--untrained", action=switch, default=True,
-                   help="the same probes on a model of the same shape that has learnt nothing")
+    p.add_argument("--untrained", action=switch,
+                   help="the same probes on a model of the same shape that has learnt nothing "
+                        "(default: all but finetune)")
     p.add_argument("--amp", action=switch, default=True, help="bfloat16 autocast, on CUDA")
     p.add_argument("--compile", action=switch, default=False, help="torch.compile the encoder")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")

@@ -5,22 +5,18 @@
     knn        nearest neighbours of the mean patch token and of [CLS]: probes.probe_knn
     cls        a linear head on the last [CLS] alone, as the paper does for CLEVR
                (--dataset clevr-count, clevr-distance)
-    finetune   all weights, 50 epochs
 
 All look at the target encoder, as I-JEPA does. `linear` trains on random crops, of 0.08 to 1 of the
 image and flipped or not, and is tested on the images themselves, as are the others. The protocol
 draws a fresh crop in every epoch. With as many samplings S as epochs or more, so do we, and keep
 nothing; with fewer, S crops of each training image are encoded once, and epoch e trains on crop
 e mod S. The other features are extracted once: only those that the probes asked for read, and where
-they are is for plumbing/scratch.py to say.
+they are is for plumbing/scratch.py to say. Fine-tuning and dense tasks are in dense/.
 
 Numbers of `linear` and `cls` are those of the authors' newer settings: our copy of the paper lost
 them.
-Differs from the paper: fine-tuning has MAE's optimiser, layer-wise rates and schedule, but crops
-and flips only (no RandAugment, mixup, drop path or second LayerNorm); its numbers are MAE's.
 Called by evaluate.py. Checked in tests/test_probes_regions.py.
 """
-import copy
 import math
 from typing import NamedTuple
 
@@ -42,12 +38,6 @@ BATCH = 256                     # of both heads on frozen features
 CLS_EPOCHS = 100
 CLS_LR = 1e-3
 CLS_DECAY = 0.05
-TUNE_EPOCHS = 50
-TUNE_WARMUP = 5
-TUNE_LR = 1e-3                  # for a batch of 512
-TUNE_DECAY = 0.05
-LAYER_DECAY = 0.65              # of the rate, from one layer to the one below
-SMOOTHING = 0.1
 MASKED = 500                    # images whose object is looked for, at most
 
 
@@ -210,104 +200,6 @@ def probe_cls(model, train, val, setup):
     train_head(head, batches, F.cross_entropy, epochs, optimizer, rate, seed=setup.seed)
     yield row("cls", "class", "[CLS]", "linear, AdamW", epochs, "top-1 %",
               accuracy(head.cpu(), val.cls, val.labels))
-
-
-# ---------------------------------------------------------------- fine-tuning
-
-class Classifier(nn.Module):
-    """A ViT and a linear head on its mean patch token: (B, 3, S, S) -> (B, classes)."""
-
-    def __init__(self, vit, classes):
-        super().__init__()
-        self.vit = copy.deepcopy(vit).requires_grad_(True)
-        self.head = nn.Linear(vit.dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)   # MAE: start from nothing but features
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images):
-        tokens, = self.vit(images)
-        C = int(self.vit.cls_token is not None)
-        return self.head(tokens[:, C:].mean(1))
-
-    def layer(self, name):
-        """Layer of the parameter of this name: 0 patches, then the blocks, last norm and head."""
-        if name.startswith("vit.blocks."):
-            return int(name.split(".")[2]) + 1
-        if name.startswith(("head", "vit.norm")):
-            return self.vit.depth + 1
-        return 0
-
-    def groups(self):
-        """One parameter group per layer, its rate LAYER_DECAY of the layer's above it.
-
-        Biases and norms are not decayed and form a group of their own."""
-        groups = {}
-        for name, parameter in self.named_parameters():
-            layer = self.layer(name)
-            decay = TUNE_DECAY if parameter.ndim > 1 else 0.0
-            if (layer, decay) not in groups:
-                scale = LAYER_DECAY ** (self.vit.depth + 1 - layer)
-                groups[layer, decay] = dict(params=[], scale=scale, weight_decay=decay)
-            groups[layer, decay]["params"].append(parameter)
-        return list(groups.values())
-
-
-def tuning_rate(step, steps):
-    """Share of the peak rate: linear over 5 of 50 epochs, then a cosine to zero."""
-    warmup = steps * TUNE_WARMUP / TUNE_EPOCHS
-    if step + 1 < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
-
-
-def probe_finetune(model, train, val, setup):
-    """Top-1 after training everything (Table 1's second column)."""
-    seed_all(setup.seed)
-    classes = len(setup.views["val"].classes)
-    epochs = setup.probe_epochs or TUNE_EPOCHS
-    net = Classifier(model.representation, classes).to(setup.device)
-    finetune(net.train(), setup.views["train"], epochs, setup)
-    yield row("finetune", "class", "mean patch token, all weights", "linear, AdamW", epochs,
-              "top-1 %", top1(net.eval(), setup.views["val"]))
-
-
-def finetune(net, views, epochs, setup):
-    """Train a Classifier: AdamW, rates that fall with depth, label smoothing, crops and flips."""
-    device = setup.device
-    batch_size = min(512, len(views))
-    epoch_steps = len(views) // batch_size
-    steps = epochs * epoch_steps
-    optimizer = torch.optim.AdamW(net.groups(), betas=(0.9, 0.999))
-    for step in tqdm(range(steps), desc="fine-tuning", leave=False):
-        epoch, i = divmod(step, epoch_steps)
-        rate = tuning_rate(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = TUNE_LR * batch_size / 512 * rate * group["scale"]
-        seed_all(setup.seed, epoch)
-        rows = torch.randperm(len(views))[i * batch_size:(i + 1) * batch_size]
-        seed_all(setup.seed, epoch, i + 1)
-        batch = views(rows)
-        images = batch.views[:, 0]
-        flip = torch.rand(len(rows), 1, 1, 1, device=device) < 0.5
-        images = torch.where(flip, images.flip(3), images)
-        with torch.autocast(device.type, torch.bfloat16, enabled=setup.amp):
-            logits = net(images)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=SMOOTHING)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-
-@torch.inference_mode()
-def top1(net, views):
-    """Top-1 of a Classifier in per cent, on the images themselves; NaN if it diverged."""
-    right = 0
-    for some in torch.arange(len(views)).split(256):
-        scores = net(views.clean(some))
-        if not scores.isfinite().all():
-            return float("nan")
-        right += (scores.argmax(1) == views.labels_of(some)).sum()
-    return 100 * right.item() / len(views)
 
 
 # ---------------------------------------------------------------- while training

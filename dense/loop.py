@@ -92,17 +92,18 @@ def parameter_groups(net, vit, recipe):
 
 # ---------------------------------------------------------------- the loop
 
-def train(net, vit, recipe, batches, setup, keep=None, what="training"):
+def train(net, vit, recipe, batches, setup, keep=None, what="training", data=""):
     """Train `net`, in place, and leave it under eval().
 
     net: net(*batch) is the mean loss of this rank's samples, a scalar.  vit: the ViT within it.
     batches: first step -> iterator over this rank's batches, tuples on the device.
     setup: probes.Setup.  keep: path of the checkpoint, or None.  what: words for the bar.
+    data: a text that tells the images from others.
     Raises: BadInput if the loss or the weights are not finite, or `keep` is another training's."""
     if recipe.batch_size % distributed.world_size():
         raise BadInput(f"--nproc-per-node: batches of {recipe.batch_size} cannot be split evenly "
                        f"over {distributed.world_size()} processes; start a number that divides it")
-    key = [what, setup.seed, *recipe, digest(net)]
+    key = [what, data, setup.seed, *recipe, digest(net)]
     net = distributed.globalise_batchnorm(place(net, setup.device)).train()
     vit.drop_paths(recipe.drop_path)
     optimizer = torch.optim.AdamW(parameter_groups(net, vit, recipe), lr=recipe.lr, betas=BETAS)
@@ -175,8 +176,8 @@ def resume(net, optimizer, key, keep):
         raise BadInput(f"{keep}: is damaged or no checkpoint of such a training; "
                        "delete it or move it away") from None
     if not same:
-        raise BadInput(f"{keep}: is of a training from other weights or by another recipe; "
-                       "delete it or move it away")
+        raise BadInput(f"{keep}: is of a training on other images, from other weights or by "
+                       "another recipe; delete it or move it away")
     net.load_state_dict(saved["net"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
