@@ -1,0 +1,1 @@
+"""Nothing of the papers' methods: what a trained ViT is worth where every pixel counts."""
