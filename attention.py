@@ -124,7 +124,10 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention, then x + MLP."""
+    """x + attention, then x + MLP.
+
+    drop_path: what either branch passes on its way back; ViT.drop_paths puts more there than the
+    identity."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -133,10 +136,11 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.drop_path = nn.Identity()
 
     def forward(self, x, layout=None):
-        x = x + self.attn(self.norm1(x), layout)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x), layout))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def initialise(module):
@@ -149,12 +153,15 @@ def initialise(module):
             nn.init.zeros_(part.bias)
 
 
-def sincos_positions(dim, height, width):
+def sincos_positions(dim, height, width, rows=None, columns=None):
     """Fixed 2-D sine-cosine positions (height * width, dim), row by row.
 
-    The first half of dim codes the column (as MAE)."""
+    The first half of dim codes the column (as MAE).
+    rows (height,), columns (width,): coordinates, where they are not 0, 1, 2, ..."""
+    rows = torch.arange(height) if rows is None else rows
+    columns = torch.arange(width) if columns is None else columns
     frequency = 10_000 ** -(torch.arange(dim // 4) / (dim // 4))
-    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
     of_column = column.flatten()[:, None] * frequency
     of_row = row.flatten()[:, None] * frequency
     return torch.cat([of_column.sin(), of_column.cos(), of_row.sin(), of_row.cos()], dim=1)

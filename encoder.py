@@ -98,6 +98,8 @@ class ViT(nn.Module):
         super().__init__()
         self.dim, self.depth, heads = VITS[name]
         self.grid = (image_size // patch_size, image_size // patch_size)
+        self.own_grid = self.grid
+        self.learned_positions = None       # (P, D) of the own grid, if weights came with their own
         self.patch_embed = nn.Sequential()
         self.patch_embed.proj = nn.Conv2d(3, self.dim, patch_size, patch_size)
         self.register_buffer("positions", sincos_positions(self.dim, *self.grid), persistent=False)
@@ -107,6 +109,34 @@ class ViT(nn.Module):
         initialise(self)
         if cls:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def regrid(self, height, width):
+        """From now on see images of height x width patches. Parameters and state dict stay.
+
+        Positions are those of the own grid, spread over the image as its patches were: sines and
+        cosines at places between (equal to bicubic interpolation, as MAE's followers do, to a
+        cosine of 0.9999), learned ones interpolated."""
+        g_height, g_width = self.own_grid
+        if self.learned_positions is not None:
+            own = self.learned_positions.T.reshape(1, self.dim, g_height, g_width)
+            resized = F.interpolate(own, (height, width), mode="bicubic")
+            positions = resized.flatten(2)[0].T.contiguous()
+        else:
+            rows = (torch.arange(height) + 0.5) * (g_height / height) - 0.5
+            columns = (torch.arange(width) + 0.5) * (g_width / width) - 0.5
+            positions = sincos_positions(self.dim, height, width, rows, columns)
+        self.positions = positions.to(self.positions)
+        self.grid = (height, width)
+
+    def drop_paths(self, highest):
+        """In train mode, leave out a sample's branches at random (stochastic depth).
+
+        With probability 0 in the first block, rising in proportion to `highest` in the last; what
+        is kept is scaled up. Not for passes with a layout, whose rows are no samples."""
+        from torchvision.ops import StochasticDepth  # a second, which pre-training need not wait
+        for i, block in enumerate(self.blocks):
+            p = highest * i / max(1, self.depth - 1)
+            block.drop_path = StochasticDepth(p, "row") if p > 0 else nn.Identity()
 
     def tokens(self, x, copies=1):
         """What enters the first block: (B, copies + P, D), copies of [CLS] before the patches."""

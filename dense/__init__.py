@@ -1,1 +1,1 @@
-"""Nothing of the papers' methods: what a trained ViT is worth where every pixel counts."""
+"""Nothing of the papers but DSeq-JEPA's Table 2 and fine-tuning: one loop, and a file a task."""

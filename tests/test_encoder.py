@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from attention import arrange, sizes
+from attention import arrange, sincos_positions, sizes
 from encoder import Block, ResNet18, ViT, load_pretrained
 
 
@@ -203,3 +203,55 @@ def test_an_i_jepa_checkpoint_has_no_cls():
     load_pretrained(vit, {f"module.{k}": v for k, v in source.state_dict().items()})
     assert torch.equal(vit.cls_token, before) and torch.equal(vit.norm.weight, source.norm.weight)
     assert torch.equal(vit.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
+
+
+# ---------------------------------------------------------------- other grids, stochastic depth
+
+def test_own_grid_again_is_what_it_was():
+    vit = ViT("vit-nano", image_size=32, patch_size=8)
+    before, state = vit.positions.clone(), vit.state_dict()
+    vit.regrid(7, 3)
+    assert vit.grid == (7, 3) and vit(torch.randn(1, 3, 56, 24))[0].shape == (1, 22, 128)
+    vit.regrid(4, 4)
+    torch.testing.assert_close(vit.positions, before, atol=1e-6, rtol=0)
+    assert vit.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("own, height, width", [(14, 32, 32), (14, 64, 64), (14, 32, 21)])
+def test_positions_of_a_larger_grid_are_those_interpolated(own, height, width):
+    vit = ViT("vit-tiny", image_size=own * 4, patch_size=4)
+    plain = sincos_positions(192, own, own).T.reshape(1, 192, own, own)
+    expected = F.interpolate(plain, (height, width), mode="bicubic").flatten(2)[0].T
+    vit.regrid(height, width)
+    cosine = F.cosine_similarity(vit.positions, expected, dim=1)
+    assert cosine.mean() > 0.9998 and cosine.min() > 0.99
+    naive = F.cosine_similarity(sincos_positions(192, height, width), expected, dim=1)
+    assert naive.mean() < 0.85
+
+
+def test_learned_positions_are_interpolated_not_replaced():
+    vit = ViT("vit-nano", image_size=32, patch_size=8)
+    vit.learned_positions = torch.randn(16, 128)
+    vit.regrid(4, 4)
+    torch.testing.assert_close(vit.positions, vit.learned_positions)
+    vit.regrid(8, 8)
+    vit.regrid(4, 4)
+    torch.testing.assert_close(vit.positions, vit.learned_positions)
+
+
+def test_drop_path_leaves_out_branches_in_proportion_to_depth():
+    vit, x = ViT("vit-nano", image_size=32, patch_size=8), torch.randn(20, 3, 8, 8)
+    vit.regrid(1, 1)
+    names = list(vit.state_dict())
+    expected = vit(x)[0]
+    vit.drop_paths(0.5)
+    assert torch.equal(vit.eval()(x)[0], expected) and list(vit.state_dict()) == names
+    assert vit.blocks[0].drop_path(x) is x
+    vit.train()
+    for block, p in zip(vit.blocks[1:], (0.1, 0.2, 0.3, 0.4, 0.5)):
+        kept = block.drop_path(torch.ones(4000, 2, 3))
+        assert kept.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
+        assert torch.equal(kept, kept[:, :1, :1].expand_as(kept))           # whole samples
+        assert (kept == 0).float().mean().item() == pytest.approx(p, abs=0.04)
+    vit.drop_paths(0.0)
+    assert torch.equal(vit(x)[0], expected)

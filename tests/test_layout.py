@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DRAWERS = ("plumbing", "sources", "figures", "benchmarks")
+DRAWERS = ("plumbing", "sources", "figures", "dense", "benchmarks")
 NAMED = "encoder aggregator predictor datasets saccades regions train evaluate".split()
 ROOT_LIMIT = 22
 
@@ -61,12 +61,14 @@ def test_there_is_no_circle():
 
 @pytest.mark.parametrize("module", [m for m in FILES if "." in m])
 def test_drawers_look_only_down(module):
-    """plumbing knows nothing of JEPA; sources know images; figures may draw anything; nobody but a
-    user opens benchmarks."""
+    """plumbing knows nothing of JEPA; sources know images; figures may draw anything; dense
+    tasks use all but the scripts that call them; nobody but a user opens benchmarks."""
     allowed = {"plumbing": {"plumbing"}, "sources": {"plumbing", "sources"}}
     if drawer(module) in allowed:
         above = {m for m in imports(module) if drawer(m) not in allowed[drawer(module)]}
         assert above <= ({"images"} if drawer(module) == "sources" else set())
+    elif drawer(module) == "dense":
+        assert not imports(module) & {"evaluate", "train", "compare", "claims"}
     elif drawer(module) == "benchmarks":
         assert not [m for m in FILES if drawer(m) != "benchmarks" and module in imports(m)]
 
