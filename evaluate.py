@@ -7,6 +7,8 @@
                                                              another data set (B.6)
     python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset folder --data-dir CUB
                                                              a ViT on another data set
+    torchrun --nproc-per-node 8 evaluate.py runs/NAME/last.pt --probe segment --dataset ade20k ...
+                                                             a dense task (docs/dense.md)
 
 Prints a table, each number beside the same probe on a randomly initialised model of the same shape,
 and beside the paper's (papers.csv) where there is one; writes it to runs/NAME/probes.json.
@@ -20,6 +22,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -32,13 +35,15 @@ import config as settings
 import probes
 import probes_regions
 from build import build_model, build_views
+from dense import probes as dense
 from figures import regions as figures_of_regions
 from figures import sequences as figures
-from plumbing import command, flags
+from plumbing import command, distributed, flags
 from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
 from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
+from plumbing.loop import launch
 from plumbing.report import write_report
 from plumbing.runs import load_checkpoint, restore
 
@@ -63,6 +68,7 @@ PROBES = {
     "linear": probes_regions.probe_linear,
     "cls": probes_regions.probe_cls,
     "finetune": probes_regions.probe_finetune,
+    **dense.PROBES,
 }
 
 
@@ -111,7 +117,7 @@ PROTOCOLS = {
         heads={"crop": "mlp", "jitter": "mlp", "blur": "linear"}),
     "regions": Protocol(                                                    # DSeq-JEPA, Table 1
         probes=("linear", "knn", "cls"),
-        on_request=("finetune",),
+        on_request=dense.NO_FEATURES,
         any_images=True,
         measure=probes_regions.measure_images,
         online=probes_regions.online_regions,
@@ -183,25 +189,28 @@ def evaluate(options):
     if options.figures:
         refuse_unwritable(run_dir / "report.html", "leave out --figures")
     config = run_config(checkpoint, options)
-    device = pick_device(options.device)
+    device = distributed.own_device(pick_device(options.device))
+    distributed.connect(device)
     rules = protocol(config.mode)
     names, data = choose_probes(options, config)
     lengths = choose_lengths(options, config, names)
     settings.check(config)
     # Before data is rendered: has an object so many views?
     settings.check_views(dataclasses.replace(config, views=max((2, *lengths))))
-    views = {split: build_views(data, split, device) for split in ("train", "val")}
+    views = distributed.in_turn(open_data, data, device)
     setup = probes.Setup(
         views, device, config.seed, M_train=config.views, lengths=lengths, probes=names,
         heads=rules.heads, samplings=options.samplings, probe_epochs=options.probe_epochs,
-        quick=config.quick, amp=options.amp and device.type == "cuda")
+        quick=config.quick or options.quick, amp=options.amp and device.type == "cuda",
+        folder=run_dir, tag=data.dataset)
 
     model, twin = two_models(checkpoint, config, views, device, options.untrained)
     if options.compile:
         for each in filter(None, (model, twin)):
             each.representation.compile()
     paper = {}
-    if data.dataset == config.dataset and not options.probe_epochs:
+    own = data.dataset == config.dataset or data.dataset in dense.READERS
+    if own and not options.probe_epochs and not options.quick:
         paper = paper_numbers(config)
     rows = measure_both(model, twin, setup, rules, paper)
     result = dict(
@@ -211,14 +220,23 @@ def evaluate(options):
         n_val=len(views["val"]), samplings=options.samplings, probe_epochs=options.probe_epochs,
         limit=data.limit,
         seconds=round(time.monotonic() - started, 1), remarks=remarks_on(views, config), rows=rows)
+    if not distributed.is_main():
+        return 0
     show(result)
     text = json.dumps(result, indent=1) + "\n"
     save_atomically(result_path(options, run_dir), lambda part: part.write_text(text))
-    if options.figures:
-        for figure in rules.draw(model, views["val"], config, rows, run_dir):
+    if options.figures:         # dense probes have drawn theirs
+        draw = rules.draw if data.dataset not in dense.READERS else lambda *_: ()
+        for figure in draw(model, views["val"], config, rows, run_dir):
             print(f"drew {printable(figure)}")
         print(f"wrote {printable(write_report(run_dir, result))}")
     return 0
+
+
+def open_data(data, device):
+    """Both splits of the data of this Config: samplers of views, or what dense probes read."""
+    read = dense.READERS.get(data.dataset, functools.partial(build_views, device=device))
+    return {split: read(data, split) for split in ("train", "val")}
 
 
 def show(result):
@@ -233,11 +251,12 @@ def show(result):
 
 def two_models(checkpoint, config, views, device, untrained=True):
     """The trained model, and one of the same shape that has learnt nothing, or None."""
-    model = build_model(config, views["val"].groups)
+    groups = getattr(views["val"], "groups", {})        # dense data has no actions
+    model = build_model(config, groups)
     restore(model, checkpoint)
     if not untrained:
         return model.to(device), None
-    twin = build_model(config, views["val"].groups).to(device)
+    twin = build_model(config, groups).to(device)
     settle_batchnorm(twin, views["train"], config.views)
     return model.to(device), twin
 
@@ -247,7 +266,9 @@ def measure_both(model, twin, setup, rules, paper):
 
     twin: None leaves the untrained out.  paper: {(probe, predicts, from): value}"""
     rows = measure(model, setup, rules)
-    others = measure(twin, setup, rules) if twin else [dict(value=None)] * len(rows)
+    others = [dict(value=None)] * len(rows)
+    if twin:
+        others = measure(twin, dataclasses.replace(setup, tag=f"{setup.tag}-untrained"), rules)
     for row, other in zip(rows, others):
         row["untrained"] = other["value"]
         row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
@@ -258,9 +279,11 @@ def measure(model, setup, rules):
     """All rows of one model.
 
     Raises: BadInput if a feature or a result is not finite: a classifier on NaN looks like one."""
-    train, val = rules.measure(model, setup)
+    train = val = None
+    if set(setup.probes) - set(dense.NO_FEATURES):
+        train, val = rules.measure(model, setup)
     for split, features in (("training", train), ("validation", val)):
-        bad = probes.not_finite(features)
+        bad = features and probes.not_finite(features)
         if bad:
             raise BadInput(f"--probe {' '.join(setup.probes)}: {', '.join(bad)} of {split} samples "
                            "not finite; if the run diverged, probe a checkpoint from before that")
@@ -284,7 +307,7 @@ def remarks_on(views, config):
         remarks.append(f"left out, for method {config.method} gathers no views into z_agg: "
                        f"{', '.join(absent)}")
     for split, sampler in views.items():
-        if len(sampler.labels.unique()) == 1:
+        if hasattr(sampler, "labels") and len(sampler.labels.unique()) == 1:
             remarks.append(f"all {split} samples are of one class: top-1 says nothing, "
                            "whatever it is")
     return remarks
@@ -314,7 +337,7 @@ def table(rows):
     """Rows as aligned text."""
     lines = ["probe predicts from head epochs unit trained untrained paper".split()]
     for r in rows:
-        digits = 1 if r["unit"] == "top-1 %" else 3
+        digits = 1 if r["unit"] in ("top-1 %", "mIoU", "AP") else 3
         words = [r["probe"], r["predicts"], r["from"], r["head"], str(r["epochs"]), r["unit"]]
         numbers = (r["value"], r["untrained"], r["paper"])
         lines.append(words + ["-" if v is None else f"{v:.{digits}f}" for v in numbers])
@@ -391,13 +414,14 @@ def choose_probes(options, config):
         if transfer != bool(options.dataset) or transfer and len(names) > 1:
             raise BadInput("--probe transfer: stands alone and needs --dataset, "
                            "the data set to transfer to")
-    if options.dataset:
+    dense.refuse(names, options.dataset)
+    if options.dataset in settings.DATASETS:
         return names, other_data(options, config)
     for flag in ("image_size", "patch_size", "saliency"):
         if getattr(options, flag) is not None:
             raise BadInput(f"{flags.name_of(flag)}: only with --probe transfer; "
                            "the run's own comes from its checkpoint")
-    return names, config
+    return names, dataclasses.replace(config, dataset=options.dataset or config.dataset)
 
 
 def other_data(options, config):
@@ -459,9 +483,11 @@ def parse(argv=None):
                    help="view samplings of each training sample (default: 4)")
     p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
-    p.add_argument("--dataset", choices=settings.DATASETS,
+    p.add_argument("--dataset", choices=(*settings.DATASETS, *dense.READERS),
                    help="probe on another data set: with --probe transfer, or any probe of mode "
-                        "regions")
+                        "regions; dense probes need one of their own")
+    p.add_argument("--quick", action="store_true",
+                   help="shorter training of MLP heads and dense probes, as for a --quick run")
     p.add_argument("--image-size", type=int, metavar="N",
                    help="with --probe transfer: its image size (default: its preset's)")
     p.add_argument("--patch-size", type=int, metavar="N",
@@ -504,6 +530,8 @@ def check_options(options):
 
 def main(argv=None):
     """Exit status 0, 2 for bad input, 128 + signal if stopped."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":                    # torchrun's
+        return launch(evaluate, parse, argv)
     less = "lower --limit, --samplings or --views, or use --device cpu"
     return command.run(evaluate, parse, argv, less)
 

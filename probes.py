@@ -14,6 +14,7 @@ Checked in tests/test_probes.py against scikit-learn and closed-form solutions.
 """
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,12 @@ class Setup:
     probe_epochs: int = 0       # of every head; 0: the protocol's
     quick: bool = False
     amp: bool = False           # bfloat16 autocast while features are extracted
+    folder: Path = None         # of the run, where probes that train for long keep checkpoints
+    tag: str = ""               # and how these end: the data set, and whose weights
+
+    def file(self, probe, suffix):
+        """What a probe keeps under this suffix; None where there is no folder."""
+        return self.folder and self.folder / f"{probe}-{self.tag}{suffix}"
 
 
 # ---------------------------------------------------------------- features

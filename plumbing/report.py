@@ -68,7 +68,7 @@ def _table(rows):
     heads = ["trained" if key == "value" else key for key in COLUMNS]
     lines = ["".join(f"<th>{head}</th>" for head in heads)]
     for row in rows:
-        digits = 1 if row["unit"] == "top-1 %" else 3
+        digits = 1 if row["unit"] in ("top-1 %", "mIoU", "AP") else 3
         lines.append("".join(_cell(row[key], digits) for key in COLUMNS))
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 

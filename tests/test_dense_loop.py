@@ -189,27 +189,29 @@ def test_a_loss_gone_bad_is_said_and_the_checkpoint_before_kept(tmp_path):
 
 # ---------------------------------------------------------------- two processes
 
-def trained():
-    """Weights after three steps without chance."""
-    recipe = RECIPE._replace(steps=3, lr=1e-3, drop_path=0.0)
+def first_step(folder):
+    """What one step without chance leaves: tenths of the gradients, and BatchNorm's buffers."""
+    keep = folder / f"net-{distributed.world_size()}.pt"
+    recipe = RECIPE._replace(steps=1, drop_path=0.0)
     net = build(dropout=0)
-    loop.train(net, net.vit, recipe, batches_of(recipe), SETUP)
-    return net.state_dict()
+    loop.train(net, net.vit, recipe, batches_of(recipe), SETUP, keep)
+    moments = torch.load(keep)["optimizer"]["state"].values()
+    buffers = [net.norm.running_mean, net.norm.running_var]
+    return [moment["exp_avg"] for moment in moments] + buffers, net.state_dict()
 
 
-def write_trained(folder):
+def write_first_step(folder):
     distributed.start()
-    torch.save(trained(), folder / f"{distributed.rank()}.pt")
+    torch.save(first_step(folder), folder / f"{distributed.rank()}.pt")
     with pytest.raises(BadInput, match="cannot be split"):
         loop.train(None, None, RECIPE._replace(batch_size=3), None, SETUP)
     distributed.finish()
 
 
-def test_two_processes_train_as_one(tmp_path):
-    spawn(write_trained, tmp_path)
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    alone, _ = first_step(tmp_path)
+    spawn(write_first_step, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert same(*ranks)
-    for name, value in trained().items():
-        # of keys a bias changes nothing: Adam makes steps of what rounding leaves of its gradient
-        if not name.endswith("qkv.bias"):
-            torch.testing.assert_close(ranks[0][name], value, atol=2e-4, rtol=1e-3, msg=name)
+    for found, expected in zip(ranks[0][0], alone, strict=True):
+        assert (found - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-7
