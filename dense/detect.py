@@ -40,8 +40,11 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from dense import average_precision as ap
-from dense.loop import Recipe, shared
+from dense.loop import Recipe, all_workers, from_files, shared, train
 from plumbing import distributed
+from plumbing.device import seed_all
+from plumbing.errors import BadInput
+from probes import row
 
 BLOCKS = (4, 6, 8, 12)          # of 12: where the maps come from
 STRIDES = (4, 8, 16, 32)        # pixels between neighbours on the four maps
@@ -49,25 +52,32 @@ ASPECTS = (0.5, 1.0, 2.0)       # of anchors, height / width
 
 
 class Preset(NamedTuple):
-    """What "coco" and "quick" differ in, besides their Recipe."""
+    """What sizes there are of detectors, besides the Recipe."""
     size: int                   # S, pixels: what images are scaled and padded to
     scales: tuple               # of training images, beside the largest that fits S
     anchors: tuple              # sides on the five maps, as shares of S
-    light: bool                 # small heads, for a CPU
+    light: bool                 # narrow heads and few proposals, for a CPU
 
 
 FULL = Preset(1024, (0.1, 2.0), (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), light=False)
-QUICK = Preset(128, (0.7, 1.4), (0.1, 0.2, 0.35, 0.55, 0.8), light=True)
+LIGHT = Preset(128, (0.7, 1.4), (0.1, 0.2, 0.35, 0.55, 0.8), light=True)
 EPOCHS = 25
 BATCH = 16
 
 
-def coco_recipe(samples):
-    """The authors' recipe for so many training images."""
-    epoch = max(1, samples // BATCH)
-    return Recipe(steps=EPOCHS * epoch, batch_size=BATCH, lr=1e-4, lr_end=0.0, warmup=epoch,
-                  shape="cosine", weight_decay=0.1, layer_decay=1.0, drop_path=0.1,
-                  epoch_steps=epoch)
+def preset(source, quick):
+    """(Preset, Recipe) for training images, of a folder or embedded, and --quick or not."""
+    samples = len(source)
+    if not source.in_memory and not quick:
+        epoch = max(1, samples // BATCH)
+        recipe = Recipe(steps=EPOCHS * epoch, batch_size=BATCH, lr=1e-4, warmup=epoch,
+                        weight_decay=0.1, drop_path=0.1, epoch_steps=epoch)
+        return FULL, recipe
+    steps = 400 if quick else 4000
+    recipe = Recipe(steps=steps, batch_size=8, lr=1e-3, warmup=steps // 10, weight_decay=0.05,
+                    layer_decay=0.7, epoch_steps=steps // 4)
+    size = 128 if source.in_memory else 256
+    return LIGHT._replace(size=size), recipe
 
 
 # ---------------------------------------------------------------- the network
@@ -175,14 +185,13 @@ class Detector(nn.Module):
 class Training:
     """Images as the detector learns from them; samples for dense.loop.from_files.
 
-    source: [i] -> (image, Objects).  indices (N,) into it.  mean (3,): padding, in [0, 1].
+    source: a split with `objects`, as sources/coco.py has.  mean (3,): padding, in [0, 1].
     [i] -> image (3, S, S) uint8, dict(boxes (n, 4), labels (n,), masks (n, S, S) uint8).
     Scaled at random, cut to S x S or padded, mirrored or not; crowds are left out. Boxes are those
     of what is still seen, which a cut box is not."""
 
-    def __init__(self, source, indices, size, scales, mean):
+    def __init__(self, source, size, scales, mean):
         self.source = source
-        self.indices = indices
         grey = [round(255 * float(channel)) for channel in mean]
         fill = {tv_tensors.Image: grey, "others": 0}
         self.view = v2.Compose([v2.ScaleJitter((size, size), scales, antialias=True),
@@ -190,10 +199,10 @@ class Training:
                                 v2.RandomHorizontalFlip()])
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.source)
 
     def __getitem__(self, i):
-        image, objects = self.source[self.indices[i]]
+        image, objects = self.source.objects(i)
         single = ~objects.crowd
         image, masks = self.view(tv_tensors.Image(image), tv_tensors.Mask(objects.masks[single]))
         masks = masks.as_subclass(torch.Tensor)
@@ -254,28 +263,56 @@ def matches_of(found, objects):
     return matches
 
 
-def measure(net, source, indices, device, amp=False, what="finding objects"):
-    """Average precision over images `indices` of a source.
+def measure(net, source, setup, what="finding objects"):
+    """Average precision over all images of a source.
 
-    ->  (of boxes, of masks), each {"AP": ..., "AP50": ..., ...} in per cent; on every rank, all
+    ->  (of boxes, of masks), each {"AP": ..., "AP50": ..., ...} in per cent; on every rank, of all
     images. Each rank looks at its own and sends what came of them, not the masks."""
     mine = {}
-    for i in tqdm([*shared(len(indices))], desc=what, leave=False,
-                  disable=not distributed.is_main()):
-        image, objects = source[indices[i]]
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            found = predict(net, torch.as_tensor(image).to(device))
+    for i in tqdm(shared(len(source)), desc=what, leave=False, disable=not distributed.is_main()):
+        image, objects = source.objects(i)
+        with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.amp):
+            found = predict(net, torch.as_tensor(image).to(setup.device))
         mine[i] = matches_of(found, objects)
     everything = {}
     for part in distributed.everyone(mine):
         everything |= part
-    classes = {}
+    of_boxes = {}                   # class: [Matches, in the order of images]
+    of_masks = {}
     for i in sorted(everything):
-        for k, matches in everything[i].items():
-            classes.setdefault(k, []).append(matches)
-    values = []
-    for of_boxes_or_masks in range(2):
-        found = ap.average_precision([[each[of_boxes_or_masks] for each in of_class]
-                                      for of_class in classes.values()])
-        values.append({name: 100 * value for name, value in found.items()})
-    return tuple(values)
+        for k, (boxes, masks) in everything[i].items():
+            of_boxes.setdefault(k, []).append(boxes)
+            of_masks.setdefault(k, []).append(masks)
+    return in_per_cent(of_boxes), in_per_cent(of_masks)
+
+
+def in_per_cent(matches):
+    """{class: [Matches]} -> {"AP": ..., ...}"""
+    found = ap.average_precision(list(matches.values()))
+    return {name: 100 * value for name, value in found.items()}
+
+
+def probe_detect(model, _train, _val, setup):
+    """AP of boxes and of masks after training everything (Table 2)."""
+    source = setup.views["train"]
+    unseen = setup.views["val"]
+    if source.classes != unseen.classes:
+        raise BadInput("--dataset coco: the training annotations name other categories than the "
+                       "validation annotations; give both files the same")
+    sizes, recipe = preset(source, setup.quick)
+    if setup.probe_epochs:
+        recipe = recipe.lasting(setup.probe_epochs, len(source))
+    seed_all(setup.seed)
+    net = Detector(model.representation, len(source.classes), source.mean, source.std, sizes)
+    samples = Training(source, net.size, sizes.scales, source.mean)
+    workers = 0 if source.in_memory else all_workers()
+    batches = from_files(samples, recipe, setup, collate, workers)
+    train(net, net.vit, recipe, batches, setup, setup.file("detect", ".pt"), "detect")
+    blocks = " ".join(map(str, four_blocks(net.vit.depth)))
+    head = "Mask R-CNN, light" if sizes.light else "Mask R-CNN"
+    if getattr(source, "nearly", False) or getattr(unseen, "nearly", False):
+        head += "; polygons nearly"
+    for shape, values in zip(("boxes", "masks"), measure(net, unseen, setup)):
+        for name in ("AP", "AP50"):
+            yield row("detect", f"{shape}{name[2:]}", f"blocks {blocks}, all weights", head,
+                      recipe.epochs(len(source)), "AP", values[name])

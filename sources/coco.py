@@ -5,7 +5,7 @@
                                                         do for 2017, none too
     DATA_DIR/train/NAME.json, DATA_DIR/val/NAME.json    images beside; `valid` will do for `val`
 
-    Coco(...)[i]  ->  image (3, H, W) uint8, Objects
+    load(config, split).objects(i)      ->  image (3, H, W) uint8, Objects
 
 Classes are the categories of the JSON, in the order of their ids, which may have gaps (COCO's 80
 lie between 1 and 90): class k is the k-th. Crowds, regions of many objects in one, are marked.
@@ -30,6 +30,9 @@ try:
 except ImportError:
     official = None
 
+# Of photographs, as ImageNet's: what a ViT that is probed on these was trained with.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 AGAIN = "fetch the data set again, or mend the file"
 FOLDERS = {"train": ("train",), "val": ("val", "valid")}
 
@@ -44,12 +47,16 @@ class Objects(NamedTuple):
 
 
 class Coco:
-    """One split: `len`, and [i] -> (image (3, H, W) uint8, Objects).
+    """One split: its length, classes (names), `objects`.
 
-    classes: names.  counts (len,): objects of each image, crowds left out.  nearly: whether masks
-    are made of polygons without pycocotools.
+    rows (n,): indices of the images that are used, of all in the JSON; counts: how many objects
+    each of all has, crowds left out.  nearly: whether masks are drawn without pycocotools.
     Raises: BadInput, naming file and annotation, for what is absent or not in COCO's format; of
     images and masks when they are asked for."""
+
+    mean = MEAN
+    std = STD
+    in_memory = False
 
     def __init__(self, data_dir, split):
         self.path, self.folder = find(Path(data_dir), split)
@@ -66,6 +73,7 @@ class Coco:
         drawn = [any(isinstance(o["mask"], list) for o in of_image) for of_image in objects]
         self.nearly = official is None and any(drawn)
         self.counts = np.array([sum(not o["crowd"] for o in of_image) for of_image in objects])
+        self.rows = np.arange(len(objects))
         self._pack(objects)
 
     def _pack(self, objects):
@@ -76,14 +84,16 @@ class Coco:
         self.ends = np.cumsum([len(text) for text in texts])
 
     def __len__(self):
-        return len(self.files)
+        return len(self.rows)
 
     def annotations(self, i):
         """What the JSON says of image i: a list of dictionaries, see `_sorted_out`."""
         start = self.ends[i - 1] if i else 0
         return json.loads(self.text[start:self.ends[i]].tobytes())
 
-    def __getitem__(self, i):
+    def objects(self, i):
+        """image (3, H, W) uint8, Objects: of the i-th of the images that are used."""
+        i = self.rows[i]
         height, width = self.sizes[i]
         image = _image(self.files[i], height, width, self.path)
         listed = self.annotations(i)
@@ -102,26 +112,20 @@ class Coco:
             np.array(areas, dtype=np.float64))
 
 
-def read_coco(data_dir):
-    """Splits {"train", "val"} of a folder.
+def load(config, split):
+    """The images of "train" that have objects, or all of "val"; --limit of them, a seeded choice.
 
-    Raises: BadInput if they do not name the same classes, or hold nothing to learn or to find."""
-    splits = {split: Coco(data_dir, split) for split in ("train", "val")}
-    train, val = splits.values()
-    if train.classes != val.classes:
-        raise BadInput(f"{val.path}: not the categories of {train.path}; give both the same")
-    for coco in splits.values():
-        if not coco.counts.any():
-            raise BadInput(f"{coco.path}: not a single object in its annotations; {AGAIN}")
-    return splits
-
-
-def limited(indices, limit):
-    """At most `limit` of the indices, a seeded choice in their order; 0 = all."""
-    if not limit or limit >= len(indices):
-        return indices
-    chosen = np.random.default_rng(SPLIT_SEED).permutation(len(indices))[:limit]
-    return indices[np.sort(chosen)]
+    Raises: BadInput if there is nothing to learn or to find."""
+    coco = Coco(config.data_dir, split)
+    if split == "train":
+        coco.rows = np.flatnonzero(coco.counts)
+    if config.limit and config.limit < len(coco.rows):
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(coco.rows))
+        coco.rows = coco.rows[np.sort(order[:config.limit])]
+    if not coco.counts[coco.rows].any():
+        raise BadInput(f"{coco.path}: not a single object in {len(coco.rows):,} images of {split}; "
+                       f"{AGAIN}, or raise --limit")
+    return coco
 
 
 # ---------------------------------------------------------------- the files

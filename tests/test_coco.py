@@ -9,7 +9,7 @@ from pycocotools import mask as official
 
 from plumbing.errors import BadInput
 from sources import coco
-from sources.coco import Coco, decode, decode_runs, limited, read_coco
+from sources.coco import Coco, decode, decode_runs, load
 
 H, W = 40, 60
 STAR = [30, 2, 36, 16, 52, 18, 40, 26, 44, 38, 30, 30, 16, 38, 20, 26, 8, 18, 24, 16]
@@ -112,12 +112,20 @@ def write(root, listed=None, years="2017"):
     return root
 
 
+@pytest.fixture
+def opened(make_config):
+    """load(split) of the folder that `write` made."""
+    def opened(root, split, **changes):
+        return load(make_config("folder", "regions", data_dir=str(root), **changes), split)
+    return opened
+
+
 def test_a_folder_is_read(tmp_path):
-    data = read_coco(write(tmp_path))["val"]
+    data = Coco(write(tmp_path), "val")
     assert data.classes == ["cat", "bird", "dog"] and len(data) == 3 and not data.nearly
     assert data.counts.tolist() == [1, 0, 1]                    # images 7, 12, 30; without crowds
 
-    image, objects = data[0]
+    image, objects = data.objects(0)
     assert image.shape == (3, H, W) and image.dtype == np.uint8
     stored = np.array(Image.open(tmp_path / "val2017" / "a.png"))
     assert np.array_equal(image.transpose(1, 2, 0), stored)
@@ -125,10 +133,10 @@ def test_a_folder_is_read(tmp_path):
     assert objects.boxes.tolist() == [[8, 2, 52, 38], [1, 2, 4, 6]]
     assert objects.areas.tolist() == [700, 50]
     assert np.array_equal(objects.masks[1], random_mask(4))
-    image, objects = data[1]
+    image, objects = data.objects(1)
     assert image.shape == (3, 20, 30) and objects.masks.shape == (0, 20, 30)
     assert objects.boxes.shape == (0, 4)
-    image, objects = data[2]
+    image, objects = data.objects(2)
     assert np.array_equal(objects.masks[0], random_mask(3))
     assert objects.areas.tolist() == [random_mask(3).sum()]     # the JSON gives none
     assert not objects.crowd.any()
@@ -150,15 +158,19 @@ def test_json_beside_the_images_and_images_in_a_folder_of_their_own(tmp_path):
             (tmp_path / "flat" / name / file.name).write_bytes(file.read_bytes())
         listing = made / "annotations" / "instances_val2017.json"
         (tmp_path / "flat" / name / "_annotations.coco.json").write_bytes(listing.read_bytes())
-    assert [len(data) for data in read_coco(tmp_path / "flat").values()] == [3, 3]
+    flat = tmp_path / "flat"
+    assert [len(Coco(flat, split)) for split in ("train", "val")] == [3, 3]
 
 
-def test_a_limit_chooses_the_same_images_every_time():
-    indices = np.array([2, 3, 5, 8, 13, 21])
-    few = limited(indices, 3)
-    assert len(few) == 3 and set(few) <= set(indices) and list(few) == sorted(few)
-    assert np.array_equal(few, limited(indices, 3))
-    assert len(limited(indices, 0)) == len(limited(indices, 9)) == 6
+def test_training_needs_objects_and_validation_sees_all(tmp_path, opened):
+    root = write(tmp_path)
+    train, val = opened(root, "train"), opened(root, "val")
+    assert len(train) == 2 and len(val) == 3
+    assert train.objects(1)[1].classes.tolist() == [0]          # image 30: image 12 has nothing
+    assert val.objects(1)[1].classes.tolist() == []
+    some = opened(root, "val", limit=2)
+    assert len(some) == 2 and some.rows.tolist() == sorted(some.rows)
+    assert some.rows.tolist() == opened(root, "val", limit=2).rows.tolist()
 
 
 # ---------------------------------------------------------------- what is broken
@@ -218,7 +230,7 @@ def test_a_broken_mask_is_said_in_a_line_when_it_is_used(tmp_path, name):
     segmentation, words = USED[name]
     data = Coco(write(tmp_path, changed(1, segmentation=segmentation)), "train")
     with pytest.raises(BadInput, match=words) as error:
-        data[2]
+        data.objects(2)
     assert "annotation 2 of c.png" in str(error.value)
 
 
@@ -227,10 +239,10 @@ def test_broken_files(tmp_path):
     listing = root / "annotations" / "instances_train2017.json"
     (root / "train2017" / "b.png").write_bytes(b"no image")
     with pytest.raises(BadInput, match="b.png: not a readable image"):
-        Coco(root, "train")[1]
+        Coco(root, "train").objects(1)
     Image.new("RGB", (30, 21)).save(root / "train2017" / "b.png")
     with pytest.raises(BadInput, match="b.png: 30 x 21 pixels, but 30 x 20 in"):
-        Coco(root, "train")[1]
+        Coco(root, "train").objects(1)
     listing.write_text(listing.read_text()[:-5])
     with pytest.raises(BadInput, match="instances_train2017.json: not JSON"):
         Coco(root, "train")
@@ -245,12 +257,9 @@ def test_broken_files(tmp_path):
         Coco(tmp_path / "nowhere", "train")
 
 
-def test_splits_must_fit(tmp_path):
-    write(tmp_path)
-    val = tmp_path / "annotations" / "instances_val2017.json"
-    val.write_text(json.dumps(annotate(categories=[dict(id=k, name=str(k)) for k in (2, 5, 9)])))
-    with pytest.raises(BadInput, match="not the categories of"):
-        read_coco(tmp_path)
-    val.write_text(json.dumps(annotate(annotations=[])))
-    with pytest.raises(BadInput, match="instances_val2017.json: not a single object"):
-        read_coco(tmp_path)
+def test_without_any_object_there_is_nothing_to_do(tmp_path, opened):
+    crowd = annotate()["annotations"][2]
+    write(tmp_path, annotate(annotations=[crowd]))
+    for split in ("train", "val"):
+        with pytest.raises(BadInput, match=f"instances_{split}2017.json: not a single object"):
+            opened(tmp_path, split)

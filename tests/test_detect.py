@@ -5,11 +5,13 @@ import torch
 from torch import nn
 
 from dense import detect
-from dense.detect import QUICK, Detector, FourMaps, Training, collate, four_blocks, measure, predict
+from dense.detect import LIGHT, Detector, FourMaps, Training, collate, four_blocks, measure, predict
 from encoder import ViT
 from plumbing import distributed
+from probes import Setup
 from sources.coco import Objects
 
+SETUP = Setup({}, torch.device("cpu"), 0, M_train=1)
 GREY = (0.5, 0.5, 0.5)
 S = 64
 COLOURS = np.array([[230, 30, 30], [30, 200, 60], [40, 60, 220]], dtype=np.uint8)
@@ -44,10 +46,30 @@ def box_of(mask):
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
+class Data:
+    """A list of (image, Objects) as a split."""
+    classes = ["red", "green", "blue"]
+    mean = std = GREY
+    in_memory = True
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def objects(self, i):
+        return self.pairs[i]
+
+
+def training_on(pairs, size, scales, mean):
+    return Training(Data(pairs), size, scales, mean)
+
+
 def detector(classes=2, size=S, patch_size=8):
     torch.manual_seed(0)
     vit = ViT("vit-nano", image_size=64, patch_size=patch_size)
-    return Detector(vit, classes, GREY, GREY, QUICK._replace(size=size))
+    return Detector(vit, classes, GREY, GREY, LIGHT._replace(size=size))
 
 
 # ---------------------------------------------------------------- the network
@@ -84,7 +106,7 @@ def test_every_parameter_gets_a_gradient(objects, amp):
     data = [picture(0), picture(1, classes=())] if objects == "some" else [picture(0), picture(1)]
     if objects == "none":
         data = [picture(0, classes=()), picture(1, classes=())]
-    training = Training(data, np.arange(2), S, (1.0, 1.0), GREY)
+    training = training_on(data, S, (1.0, 1.0), GREY)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         loss = net(*collate([training[0], training[1]]))
     assert loss.dtype == torch.float32
@@ -100,8 +122,8 @@ def test_every_parameter_gets_a_gradient(objects, amp):
 def test_learning_lowers_the_loss_and_leaves_the_given_vit_alone():
     vit = ViT("vit-nano", image_size=64, patch_size=8).requires_grad_(False)
     before = {name: value.clone() for name, value in vit.state_dict().items()}
-    net = Detector(vit, 2, GREY, GREY, QUICK._replace(size=S)).train()
-    training = Training([picture(0), picture(1)], np.arange(2), S, (1.0, 1.0), GREY)
+    net = Detector(vit, 2, GREY, GREY, LIGHT._replace(size=S)).train()
+    training = training_on([picture(0), picture(1)], S, (1.0, 1.0), GREY)
     batch = collate([training[0], training[1]])
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     losses = []
@@ -138,7 +160,7 @@ def test_objects_move_with_the_image(seed):
     """Whatever is scaled, cut, padded or mirrored: under a mask lies its class' colour, boxes
     enclose masks, and crowds are gone."""
     source = [picture(seed, 50, 90, classes=(2, 0, 1, 1), crowd=1)]
-    training = Training(source, np.array([0]), S, (0.3, 2.0), GREY)
+    training = training_on(source, S, (0.3, 2.0), GREY)
     torch.manual_seed(seed)
     image, target = training[0]
     assert image.shape == (3, S, S) and image.dtype == torch.uint8
@@ -151,7 +173,7 @@ def test_objects_move_with_the_image(seed):
 
 
 def test_views_differ_and_padding_is_the_mean():
-    training = Training([picture(0)], np.array([0]), S, (0.3, 0.3), (0.2, 0.4, 0.6))
+    training = training_on([picture(0)], S, (0.3, 0.3), (0.2, 0.4, 0.6))
     images = torch.stack([training[0][0] for _ in range(8)])
     assert len(images.unique(dim=0)) > 4
     padded = (images == torch.tensor([51, 102, 153])[:, None, None]).all(1)
@@ -159,12 +181,12 @@ def test_views_differ_and_padding_is_the_mean():
 
 
 def test_an_image_without_objects_or_with_none_in_view():
-    _, target = Training([picture(0, classes=())], np.array([0]), S, (1.0, 1.0), GREY)[0]
+    _, target = training_on([picture(0, classes=())], S, (1.0, 1.0), GREY)[0]
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, S, S)
     image, objects = picture(0, classes=(1,))
     corner = objects._replace(masks=np.zeros_like(objects.masks))
     corner.masks[0, 0, 0] = True
-    training = Training([(image, corner)], np.array([0]), S, (2.0, 2.0), GREY)
+    training = training_on([(image, corner)], S, (2.0, 2.0), GREY)
     counts = [len(training[0][1]["labels"]) for _ in range(30)]
     assert 0 in counts
 
@@ -224,7 +246,7 @@ def perfect(net, image):
 
 def test_a_perfect_detector_has_ap_100(monkeypatch):
     monkeypatch.setattr(detect, "predict", perfect)
-    of_boxes, of_masks = measure(None, DATA, np.arange(4), torch.device("cpu"))
+    of_boxes, of_masks = measure(None, Data(DATA), SETUP)
     assert of_boxes["AP"] == of_masks["AP"] == 100
     assert np.isnan(of_boxes["APL"])
 
@@ -233,7 +255,7 @@ def test_a_perfect_detector_has_ap_100(monkeypatch):
         return boxes, (labels + 1) % 3, scores, masks
 
     monkeypatch.setattr(detect, "predict", other_classes)
-    of_boxes, _ = measure(None, DATA, np.arange(4), torch.device("cpu"))
+    of_boxes, _ = measure(None, Data(DATA), SETUP)
     assert of_boxes["AP"] < 60
 
 
@@ -245,13 +267,13 @@ def test_ranks_find_together_what_one_finds(monkeypatch):
         return boxes + shift, labels, scores, np.roll(masks, shift, (1, 2))
 
     monkeypatch.setattr(detect, "predict", blurred)
-    alone = measure(None, DATA, np.arange(4), torch.device("cpu"))
+    alone = measure(None, Data(DATA), SETUP)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(distributed, "world_size", lambda: 3)
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "everyone", lambda mine: parts.append(mine) or parts[::-1])
-        together = measure(None, DATA, np.arange(4), torch.device("cpu"))
+        together = measure(None, Data(DATA), SETUP)
     assert [sorted(part) for part in parts] == [[0, 3], [1], [2]]
     for one, many in zip(alone, together):
         assert one == pytest.approx(many, abs=0, nan_ok=True)
