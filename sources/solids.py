@@ -17,6 +17,7 @@ per object and independent of the class instead of textures, no reflections.
 Checked in tests/test_solids.py.
 """
 import math
+from functools import partial
 from typing import Iterator, NamedTuple
 
 import numpy as np
@@ -375,8 +376,8 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def render_chunk(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor, size: int,
-                 camera) -> torch.Tensor:
-    """render() for a few views at once; camera: camera_rays(size, device)."""
+                 camera, cut: bool = False) -> torch.Tensor:
+    """render() or, with `cut`, cut_outs() for a few views; camera: camera_rays(size, device)."""
     eye, axes, rays = camera
     placed = place(solids, object_index, rotation_matrix(latents[:, :3]))
     t, primitive = trace(eye, axes, rays, placed)
@@ -397,6 +398,9 @@ def render_chunk(solids: Solids, object_index: torch.Tensor, latents: torch.Tens
     fill = AMBIENT - CAMERA_FILL * dot(normal, axes[:, None, 2, :, None]).clamp(max=0)
     tint = hsv_to_rgb(latents[:, 6], LIGHT_SATURATION, 1.0)[:, None, :, None]
     colours = albedo * (fill + tint * power)
+    if cut:
+        shown = (t < floor)[:, :, None]
+        colours = torch.cat([colours * shown, shown], dim=2)
 
     return (_to_pixels(colours, size) * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -416,6 +420,15 @@ def render(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor,
 
     ->  uint8 (B, 3, size, size)"""
     return _in_chunks(render_chunk, solids, object_index, latents, size)
+
+
+def cut_outs(solids: Solids, object_index: torch.Tensor, latents: torch.Tensor,
+             size: int) -> torch.Tensor:
+    """Objects of render(...) alone: uint8 (B, 4, size, size), the last channel is opacity.
+
+    Colours are multiplied by it already, so that colours + (1 - opacity / 255) * background is the
+    object on another background, edges included."""
+    return _in_chunks(partial(render_chunk, cut=True), solids, object_index, latents, size)
 
 
 def _in_chunks(draw, solids, object_index, latents, size):
