@@ -41,6 +41,8 @@ from tqdm import tqdm
 
 from dense import average_precision as ap
 from dense.loop import Recipe, all_workers, from_files, shared, train
+from figures.canvas import spread
+from figures.dense_boxes import Shown, draw_detections, sure
 from plumbing import distributed
 from plumbing.device import seed_all
 from plumbing.errors import BadInput
@@ -63,6 +65,7 @@ FULL = Preset(1024, (0.1, 2.0), (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), light=Fal
 LIGHT = Preset(128, (0.7, 1.4), (0.1, 0.2, 0.35, 0.55, 0.8), light=True)
 EPOCHS = 25
 BATCH = 16
+PICTURES = 5                    # in the figure
 
 
 def preset(source, quick):
@@ -292,6 +295,17 @@ def in_per_cent(matches):
     return {name: 100 * value for name, value in found.items()}
 
 
+def draw(net, source, setup, path):
+    """Objects of a few images, and what is found there.  -> path"""
+    pictures = []
+    for i in spread(source, min(PICTURES, len(source))).tolist():
+        image, objects = source.objects(i)
+        found = predict(net, torch.as_tensor(image).to(setup.device))
+        there = Shown(objects.boxes, objects.classes, objects.masks)
+        pictures.append((np.asarray(image), there, sure(*found)))
+    return draw_detections(pictures, source.classes, path)
+
+
 def probe_detect(model, _train, _val, setup):
     """AP of boxes and of masks after training everything (Table 2)."""
     source = setup.views["train"]
@@ -312,7 +326,10 @@ def probe_detect(model, _train, _val, setup):
     head = "Mask R-CNN, light" if sizes.light else "Mask R-CNN"
     if getattr(source, "nearly", False) or getattr(unseen, "nearly", False):
         head += "; polygons nearly"
-    for shape, values in zip(("boxes", "masks"), measure(net, unseen, setup)):
+    found = measure(net, unseen, setup)
+    if distributed.is_main() and setup.folder:
+        draw(net, unseen, setup, setup.file("detect", ".png"))
+    for shape, values in zip(("boxes", "masks"), found):
         for name in ("AP", "AP50"):
             yield row("detect", f"{shape}{name[2:]}", f"blocks {blocks}, all weights", head,
                       recipe.epochs(len(source)), "AP", values[name])

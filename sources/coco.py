@@ -259,6 +259,15 @@ def _nearly(polygons, height, width):
     return mask
 
 
+def enclosing(mask):
+    """The box x1 y1 x2 y2 around the pixels of a mask (H, W); zeros if there are none."""
+    rows = np.flatnonzero(mask.any(1))
+    columns = np.flatnonzero(mask.any(0))
+    if len(rows) == 0:
+        return 0, 0, 0, 0
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
 def decode_runs(counts, height, width):
     """Run lengths of 0, 1, 0, 1, ... down one column after another  ->  (H, W) bool"""
     counts = uncompressed(counts) if isinstance(counts, str) else counts
