@@ -63,6 +63,7 @@ class Preset(NamedTuple):
 
 FULL = Preset(1024, (0.1, 2.0), (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), light=False)
 LIGHT = Preset(128, (0.7, 1.4), (0.1, 0.2, 0.35, 0.55, 0.8), light=True)
+SMALL = 256                     # S for folders with --quick
 EPOCHS = 25
 BATCH = 16
 PICTURES = 5                    # in the figure
@@ -79,8 +80,7 @@ def preset(source, quick):
     steps = 400 if quick else 4000
     recipe = Recipe(steps=steps, batch_size=8, lr=1e-3, warmup=steps // 10, weight_decay=0.05,
                     layer_decay=0.7, epoch_steps=steps // 4)
-    size = 128 if source.in_memory else 256
-    return LIGHT._replace(size=size), recipe
+    return (LIGHT if source.in_memory else LIGHT._replace(size=SMALL)), recipe
 
 
 # ---------------------------------------------------------------- the network
@@ -323,13 +323,19 @@ def probe_detect(model, _train, _val, setup):
     batches = from_files(samples, recipe, setup, collate, workers)
     train(net, net.vit, recipe, batches, setup, setup.file("detect", ".pt"), "detect")
     blocks = " ".join(map(str, four_blocks(net.vit.depth)))
-    head = "Mask R-CNN, light" if sizes.light else "Mask R-CNN"
-    if getattr(source, "nearly", False) or getattr(unseen, "nearly", False):
-        head += "; polygons nearly"
     found = measure(net, unseen, setup)
     if distributed.is_main() and setup.folder:
         draw(net, unseen, setup, setup.file("detect", ".png"))
     for shape, values in zip(("boxes", "masks"), found):
         for name in ("AP", "AP50"):
-            yield row("detect", f"{shape}{name[2:]}", f"blocks {blocks}, all weights", head,
-                      recipe.epochs(len(source)), "AP", values[name])
+            yield row("detect", shape + name[2:], f"blocks {blocks}, all weights",
+                      head_words(sizes, source, unseen), recipe.epochs(len(source)), "AP",
+                      values[name])
+
+
+def head_words(sizes, *splits):
+    """Which heads, and whether masks of the data were drawn without pycocotools."""
+    words = "Mask R-CNN, light" if sizes.light else "Mask R-CNN"
+    if any(getattr(split, "nearly", False) for split in splits):
+        words += "; polygons nearly"
+    return words

@@ -1,14 +1,21 @@
 """Mask R-CNN on a ViT: maps, samples, gradients, and what is found comes back where it was."""
+import json
+
 import numpy as np
 import pytest
 import torch
+from test_coco import annotate, write
+from test_train import command
 from torch import nn
 
+import evaluate
+import train
 from dense import detect
 from dense.detect import LIGHT, Detector, FourMaps, Training, collate, four_blocks, measure, predict
 from encoder import ViT
 from plumbing import distributed
 from probes import Setup
+from sources import coco
 from sources.coco import Objects
 
 SETUP = Setup({}, torch.device("cpu"), 0, M_train=1)
@@ -277,3 +284,67 @@ def test_ranks_find_together_what_one_finds(monkeypatch):
     assert [sorted(part) for part in parts] == [[0, 3], [1], [2]]
     for one, many in zip(alone, together):
         assert one == pytest.approx(many, abs=0, nan_ok=True)
+
+
+# ---------------------------------------------------------------- the probe
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(detect, "SMALL", 64)
+
+
+@pytest.fixture(scope="module")
+def run_dir(photos, tmp_path_factory):
+    """A ViT-nano after one epoch."""
+    out = tmp_path_factory.mktemp("run")
+    assert train.main(command("regions", photos, out, "--name", "r", "--epochs", "1")) == 0
+    return out / "runs" / "r"
+
+
+def detect_in(run_dir, data_dir, *more):
+    """Exit status of the probe on a folder."""
+    return evaluate.main([str(run_dir / "last.pt"), "--probe", "detect", "--dataset", "coco",
+                          "--data-dir", str(data_dir), "--quick", "--probe-epochs", "1", *more])
+
+
+def test_the_probe_on_a_folder_of_ones_own(run_dir, tmp_path, capsys):
+    write(tmp_path)
+    assert detect_in(run_dir, tmp_path, "--no-untrained", "--json", str(tmp_path / "d.json")) == 0
+    result = json.loads((tmp_path / "d.json").read_text())
+    assert [row["predicts"] for row in result["rows"]] == ["boxes", "boxes50", "masks", "masks50"]
+    assert {row["unit"] for row in result["rows"]} == {"AP"}
+    assert {row["from"] for row in result["rows"]} == {"blocks 2 3 4 6, all weights"}
+    assert {row["head"] for row in result["rows"]} == {"Mask R-CNN, light"}
+    assert result["classes"] == 3 and result["n_train"] == 2 and result["n_val"] == 3
+    assert (run_dir / "detect-coco.png").exists()
+    assert (run_dir / "detect-coco.pt").exists()
+    # Once more: it was trained already.
+    (run_dir / "detect-coco.png").unlink()
+    assert detect_in(run_dir, tmp_path, "--no-untrained", "--json", str(tmp_path / "e.json")) == 0
+    again = json.loads((tmp_path / "e.json").read_text())
+    assert again["rows"] == result["rows"]
+    (run_dir / "detect-coco.pt").unlink()
+
+
+def test_polygons_without_pycocotools_are_said_in_the_table(tmp_path, monkeypatch):
+    write(tmp_path)
+    splits = [coco.Coco(tmp_path, split) for split in ("train", "val")]
+    assert detect.head_words(detect.FULL, *splits) == "Mask R-CNN"
+    monkeypatch.setattr(coco, "official", None)
+    splits[1] = coco.Coco(tmp_path, "val")
+    assert detect.head_words(detect.FULL, *splits) == "Mask R-CNN; polygons nearly"
+
+
+def test_what_is_broken_is_one_line_also_from_a_reading_process(run_dir, tmp_path, capsys):
+    write(tmp_path)
+    (tmp_path / "train2017" / "c.png").write_bytes(b"no image")
+    assert detect_in(run_dir, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert "c.png: not a readable image" in said
+    assert said.count("\n") == 1 and "Traceback" not in said
+    val = tmp_path / "annotations" / "instances_val2017.json"
+    names = [dict(id=k, name=str(k)) for k in (2, 5, 9)]
+    val.write_text(json.dumps(annotate(categories=names)))
+    assert detect_in(run_dir, tmp_path) == 2
+    assert "other categories" in capsys.readouterr().err
+    assert not (run_dir / "detect-coco.pt").exists()
