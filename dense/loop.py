@@ -196,7 +196,10 @@ class _Drawn(Dataset):
         epoch, index = which
         with torch.random.fork_rng(devices=[]):
             seed_all(self.seed, 6, epoch, index)
-            return self.samples[index]
+            try:
+                return self.samples[index]
+            except BadInput as error:       # handed over: the loader would raise a whole traceback
+                return error
 
 
 @lru_cache(maxsize=2)
@@ -224,14 +227,21 @@ def from_files(samples, recipe, setup, collate, workers=0):
 
     collate: list of samples -> batch, a tuple.  workers: processes that read; 0: this one, for
     what lies in memory."""
+    def joined(drawn):
+        bad = [error for error in drawn if isinstance(error, BadInput)]
+        return bad[0] if bad else collate(drawn)
+
     def batches(first):
         indices = (chosen(len(samples), recipe.batch_size, setup.seed, step)
                    for step in range(first, recipe.steps))
         # A generator of its own: otherwise the loader draws from torch's.
-        loader = DataLoader(_Drawn(samples, setup.seed), batch_sampler=indices, collate_fn=collate,
+        loader = DataLoader(_Drawn(samples, setup.seed), batch_sampler=indices, collate_fn=joined,
                             num_workers=workers, pin_memory=setup.device.type == "cuda",
                             generator=torch.Generator())
-        return (on_device(batch, setup.device) for batch in loader)
+        for batch in loader:
+            if isinstance(batch, BadInput):
+                raise batch
+            yield on_device(batch, setup.device)
 
     return batches
 

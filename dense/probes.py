@@ -25,7 +25,7 @@ PROBES = {
 READERS = {
     "scenes": later("sources.scenes", "load"),
     "ade20k": later("sources.ade20k", "load"),
-    "coco": later("dense.coco", "load"),
+    "coco": later("sources.coco", "load"),
 }
 DATA = {                        # which probe is for which data set, --dataset
     "segment-linear": ("scenes", "ade20k"),

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from plumbing.cache import cached
 from sources import shapes, solids
+from sources.coco import Objects, enclosing
 
 SEED = 1                        # solids themselves have 0: what is pasted, no run was trained on
 SCENES = 2000                   # for training, without --limit; a quarter as many for val
@@ -40,6 +41,7 @@ class Scenes:
     label_names = ["background", *classes]
     mean = (0.5, 0.5, 0.5)      # as of solids
     std = (0.2, 0.2, 0.2)
+    in_memory = True            # nothing is decoded: no reading processes are needed
 
     def __init__(self, array):
         self.array = array      # (N, 4, S, S) uint8: colours, then BLOCK * (k - 1) + class + 1
@@ -57,6 +59,14 @@ class Scenes:
         """image uint8 (3, S, S), label uint8 (S, S)"""
         image, code = self._read(index)
         return image, torch.where(code > 0, (code - 1) % BLOCK + 1, 0).to(torch.uint8)
+
+    def objects(self, index):
+        """image uint8 (3, S, S), coco.Objects: as detectors learn from them."""
+        image, instance, classes = self[index]
+        masks = instance.numpy() == np.arange(1, len(classes) + 1)[:, None, None]
+        boxes = np.array([enclosing(mask) for mask in masks], dtype=np.float64).reshape(-1, 4)
+        return image, Objects(masks, classes.numpy(), np.zeros(len(masks), dtype=bool), boxes,
+                              masks.sum((1, 2), dtype=np.float64))
 
     def _read(self, index):
         pixels = torch.from_numpy(np.array(self.array[index]))
