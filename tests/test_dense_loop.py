@@ -31,6 +31,8 @@ class Net(nn.Module):
         self.vit = ViT("vit-nano", image_size=16, patch_size=4)
         self.vit.blocks = self.vit.blocks[:2]
         self.vit.depth = 2
+        # So that images differ by more than rounding, which BatchNorm would blow up.
+        nn.init.normal_(self.vit.patch_embed.proj.weight, std=0.3)
         self.norm = nn.BatchNorm1d(128)
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(128, 1)
@@ -49,7 +51,7 @@ class Pictures:
 
     def __getitem__(self, index):
         image = torch.full((3, 16, 16), index / 10)
-        return image + 0.1 * torch.randn(3, 16, 16), index / 10
+        return image + torch.randn(3, 16, 16), index / 10
 
 
 def build(seed=0, **how):
@@ -214,4 +216,4 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert same(*ranks)
     for found, expected in zip(ranks[0][0], alone, strict=True):
-        assert (found - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-7
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-8
