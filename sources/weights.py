@@ -55,7 +55,7 @@ FOREIGN = {"ls1": "LayerScale", "ls2": "LayerScale", "gamma_": "LayerScale",
            "reg_token": "register tokens", "register_tokens": "register tokens",
            "w12": "SwiGLU", "w3": "SwiGLU", "fc1_g": "SwiGLU", "q_norm": "normed queries and keys",
            "norm_pre": "a norm before the blocks", "dist_token": "a distillation token",
-           "q_bias": "biases of BEiT", "relative_position": "relative positions"}
+           "q_bias": "biases of q and v", "relative_position": "relative positions"}
 
 
 class Weights(NamedTuple):
@@ -308,5 +308,7 @@ def check(part, weights):
         if found[name].shape != value.shape:
             advice = "; leave out --image-size" if name == "pos_embed" else ""
             raise BadInput(f"{key} has shape {tuple(found[name].shape)}, expected {shape}{advice}")
+        if found[name].is_floating_point() != value.is_floating_point():
+            raise BadInput(f"{key} is {found[name].dtype}, expected {value.dtype}")
         if not found[name].isfinite().all():
             raise BadInput(f"{key} is not finite; fetch the file again")

@@ -280,6 +280,90 @@ CHECKPOINTS = [
     damaged("finite", with_weights(math.nan, "encoder.conv1"), "--probe", "parameters", data=True),
     damaged("finite", with_weights(math.nan), mode="regions", data=True),
 ]
+
+
+def foreign(words, *flags, make=None, mode="regions", name="x.pth"):
+    """A row of --weights: RUN/x.pth, a file that `make` writes there."""
+    damage = instead(name, make) if make else None
+    return case(words, "evaluate", "--weights", f"RUN/{name}", *flags, damage=damage, mode=mode)
+
+
+def torch_save(value, **options):
+    return lambda path: torch.save(value, path, **options)
+
+
+def target_encoder(change):
+    """Damage: x.pth is the encoder of the run, as I-JEPA would keep it, after `change`."""
+    def make(path):
+        state = torch.load(path.with_name("encoder.pt"), weights_only=True)
+        state = {f"module.{name}": value for name, value in state.items()}
+        change(state)
+        torch.save(dict(target_encoder=state, epoch=3), path)
+
+    return make
+
+
+def nothing(state):
+    """Leave it as it is."""
+
+
+def blank(state):
+    state["module.norm.weight"][0] = math.nan
+
+
+ON_PHOTOS = ("--dataset", "folder", "--data-dir", "nowhere", "--image-size", "32")
+WEIGHTS = [
+    flag("--weights: stands in the place of CHECKPOINT", "--weights", "x.pth"),
+    flag("--encoder: only with --weights", "--encoder", "vit-base"),
+    flag("--mode: only with --weights", "--mode", "regions"),
+    case("expected one argument", "evaluate", "--weights"),
+    case("no file there", "evaluate", "--weights", "", *ON_PHOTOS),
+    case("no file there", "evaluate", "--weights", "/dev/zero", *ON_PHOTOS),
+    case("no file there", "evaluate", "--weights", "nowhere/x.pth", *ON_PHOTOS),
+    foreign("no file there", *ON_PHOTOS),
+    foreign("no file there", *ON_PHOTOS, make=os.mkdir),
+    foreign("no file there", *ON_PHOTOS, make=os.mkfifo),
+    foreign("was not loaded; expected a file of torch.save", *ON_PHOTOS,
+            make=lambda path: path.write_text("weights = torch.zeros(3)\n")),
+    foreign("was not loaded", *ON_PHOTOS, make=lambda path: path.write_bytes(b"")),
+    foreign("was not loaded", *ON_PHOTOS, make=lambda path: path.write_bytes(b"\0" * 999)),
+    foreign("was not loaded", *ON_PHOTOS, name="x.safetensors",
+            make=lambda path: path.write_bytes(b"\0" * 999)),
+    foreign("contains more than tensors", *ON_PHOTOS, make=torch_save(dict(model=Trap()))),
+    foreign("contains more than tensors", *ON_PHOTOS,
+            make=torch_save(dict(model=Trap()), _use_new_zipfile_serialization=False)),
+    foreign("contains more than tensors", *ON_PHOTOS, make=torch_save(SimpleNamespace(a=1))),
+    foreign("holds a list", *ON_PHOTOS, make=torch_save([1, 2])),
+    foreign("holds a Tensor", *ON_PHOTOS, make=torch_save(torch.zeros(2))),
+    foreign("holds no ViT", *ON_PHOTOS, make=torch_save({})),
+    foreign("tensors in it: none", *ON_PHOTOS, make=torch_save({"model": {1: 2, "a": None}})),
+    foreign("tensors in it: fc", *ON_PHOTOS, make=torch_save({"fc": torch.zeros(2)})),
+    foreign("patch_embed.proj.weight has shape (), expected", *ON_PHOTOS,
+            make=torch_save({"patch_embed.proj.weight": torch.tensor(3)})),
+    foreign("holds a ViT of width 0 and 0 blocks", *ON_PHOTOS,
+            make=torch_save({"patch_embed.proj.weight": torch.zeros(0, 3, 0, 0)})),
+    foreign("conv1.weight has shape none", *ON_PHOTOS,
+            make=torch_save({"layer1.0.conv1.weight": torch.zeros(2)})),
+    foreign("several encoders", *ON_PHOTOS,
+            make=torch_save({f"{name}.patch_embed.proj.weight": torch.zeros(2) for name in "ab"})),
+    case("a checkpoint of this project; leave out --weights", "evaluate", "--weights",
+         "RUN/last.pt", *ON_PHOTOS),
+    case("of a --quick run probe the last.pt", "evaluate", "--weights", "RUN/encoder.pt",
+         *ON_PHOTOS),
+    foreign("module.norm.weight is not finite", *ON_PHOTOS, make=target_encoder(blank)),
+    foreign("--weights: needs --dataset", make=target_encoder(nothing)),
+    foreign("say --encoder vit-nano", *ON_PHOTOS, "--encoder", "vit-large",
+            make=target_encoder(nothing)),
+    foreign("--image-size 33: not a multiple of --patch-size 8", "--dataset", "folder",
+            "--image-size", "33", make=target_encoder(nothing)),
+    foreign("--mode saccade: RUN/x.pth holds a ViT", *ON_PHOTOS, "--mode", "saccade",
+            make=target_encoder(nothing)),
+    foreign("--figures: shows a run", *ON_PHOTOS, "--figures", make=target_encoder(nothing)),
+    foreign("--probe path: does not apply to mode regions", *ON_PHOTOS, "--probe", "path",
+            make=target_encoder(nothing)),
+    foreign("last.pt: holds something else", *ON_PHOTOS, "--json", "RUN/last.pt",
+            make=target_encoder(nothing)),
+]
 FIGURES_REGIONS = [
     case("required: CHECKPOINT", "figures.regions"),
     case("unrecognized arguments", "figures.regions", "x.pt", "--nope"),
@@ -415,8 +499,8 @@ def ended(main, arguments):
         return left.code
 
 
-@pytest.mark.parametrize("case", FLAGS + OUTPUTS + CHECKPOINTS + COMPARE + FIGURES_REGIONS
-                         + BENCHMARKS)
+@pytest.mark.parametrize("case", FLAGS + OUTPUTS + CHECKPOINTS + WEIGHTS + COMPARE
+                         + FIGURES_REGIONS + BENCHMARKS)
 def test_bad_input_is_one_line_at_once_and_no_file(case, made, copied, tmp_path, monkeypatch,
                                                    capsys):
     run = copied(case.mode) if case.damage else made(case.mode)
@@ -488,6 +572,25 @@ def test_damaged_checkpoints_are_refused_or_run(copied, capsys):
         (run / "last.pt").write_bytes(scarred(whole, rng))
         refused += mostly_refused(evaluate.main, flags, capsys)
     assert refused > 90
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_weights_of_others_are_refused_or_run(zipped, copied, capsys):
+    run = copied("regions")
+    rng = random.Random(12)
+    state = torch.load(run / "encoder.pt", weights_only=True)
+    torch.save(dict(model=state), run / "x.pth", _use_new_zipfile_serialization=zipped)
+    whole = (run / "x.pth").read_bytes()
+    flags = ["--weights", str(run / "x.pth"), "--dataset", "folder", "--image-size", "32",
+             "--data-dir", str(run.parent), "--json", str(run / "x.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "build_views", lambda *_: sys.exit(0))      # far enough
+        patch.setattr(evaluate, "refuse_unwritable", lambda *_, **__: None)
+        refused = 0
+        for _ in range(40):
+            (run / "x.pth").write_bytes(scarred(whole, rng))
+            refused += mostly_refused(lambda flags: ended(evaluate.main, flags), flags, capsys)
+    assert refused > (35 if zipped else 15)
 
 
 ODD = (None, True, -1, 0, 2.5, 10 ** 9, 10 ** 30, math.nan, math.inf, "x", "", "\x1b[2J", [], {},
