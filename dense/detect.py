@@ -56,10 +56,11 @@ class Preset(NamedTuple):
     scales: tuple               # of training images, beside the largest that fits S
     anchors: tuple              # sides on the five maps, as shares of S
     light: bool                 # narrow heads and few proposals, for a CPU
+    merge: bool = False         # all objects are one class: minutes do not suffice for many
 
 
 FULL = Preset(1024, (0.1, 2.0), (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), light=False)
-LIGHT = Preset(128, (0.7, 1.4), (0.1, 0.2, 0.35, 0.55, 0.8), light=True)
+LIGHT = Preset(96, (0.7, 1.4), (0.1, 0.2, 0.35, 0.55, 0.8), light=True)     # for scenes
 SMALL = 256                     # S for folders with --quick
 EPOCHS = 25
 BATCH = 16
@@ -74,10 +75,12 @@ def preset(source, quick):
         recipe = Recipe(steps=EPOCHS * epoch, batch_size=BATCH, lr=1e-4, warmup=epoch,
                         weight_decay=0.1, drop_path=0.1, epoch_steps=epoch)
         return FULL, recipe
-    steps = 400 if quick else 4000
+    steps = 300 if quick else 4000
     recipe = Recipe(steps=steps, batch_size=8, lr=1e-3, warmup=steps // 10, weight_decay=0.05,
                     layer_decay=0.7, epoch_steps=steps // 4)
-    return (LIGHT if source.in_memory else LIGHT._replace(size=SMALL)), recipe
+    if source.in_memory:
+        return LIGHT._replace(merge=quick), recipe
+    return LIGHT._replace(size=SMALL), recipe
 
 
 # ---------------------------------------------------------------- the network
@@ -140,6 +143,24 @@ class Detector(nn.Module):
 
 
 # ---------------------------------------------------------------- what it learns from
+
+class Merged:
+    """A split whose objects are all of one class."""
+    classes = ["object"]
+    in_memory = True
+
+    def __init__(self, source):
+        self.source = source
+        self.mean = source.mean
+        self.std = source.std
+
+    def __len__(self):
+        return len(self.source)
+
+    def objects(self, i):
+        image, objects = self.source.objects(i)
+        return image, objects._replace(classes=np.zeros_like(objects.classes))
+
 
 class Training:
     """Images as the detector learns from them; samples for dense.loop.from_files.
@@ -272,6 +293,9 @@ def probe_detect(model, _train, _val, setup):
     sizes, recipe = preset(source, setup.quick)
     if setup.probe_epochs:
         recipe = recipe.lasting(setup.probe_epochs, len(source))
+    if sizes.merge:
+        source = Merged(source)
+        unseen = Merged(unseen)
     seed_all(setup.seed)
     net = Detector(model.representation, len(source.classes), source.mean, source.std, sizes)
     samples = Training(source, net.size, sizes.scales, source.mean)
@@ -283,9 +307,10 @@ def probe_detect(model, _train, _val, setup):
     found = measure(net, unseen, setup)
     if distributed.is_main() and setup.folder:
         draw(net, unseen, setup, setup.file("detect", ".png"))
+    told = "all one class" if sizes.merge else f"{len(source.classes)} classes"
     for shape, values in zip(("boxes", "masks"), found):
         for name, which in (("AP", shape), ("AP50", f"{shape} at IoU 0.5")):
-            yield row("detect", f"{which}, {len(source.classes)} classes",
+            yield row("detect", f"{which}, {told}",
                       "four blocks, all weights", head_words(sizes, source, unseen),
                       recipe.epochs(len(source)), "AP", values[name])
 
