@@ -18,6 +18,7 @@ from plumbing import distributed
 from probes import Setup
 from sources import coco
 from sources.coco import Objects
+from sources.scenes import BLOCK, Scenes
 
 SETUP = Setup({}, torch.device("cpu"), 0, M_train=1)
 GREY = (0.5, 0.5, 0.5)
@@ -161,7 +162,43 @@ def test_full_heads_are_torchvisions_defaults():
     assert ours == {name: value.shape for name, value in plain.state_dict().items()}
 
 
+def test_presets():
+    """The authors' numbers for COCO's 117,266 training images with objects; --quick and scenes."""
+    data = Data([])
+    data.pairs = range(117_266)
+    data.in_memory = False
+    sizes, recipe = detect.preset(data, quick=False)
+    assert sizes == detect.FULL and not sizes.light and not sizes.merge
+    assert recipe.batch_size == 16 and recipe.epochs(len(data)) == 25
+    assert recipe.warmup == recipe.epoch_steps == 117_266 // 16
+    assert (recipe.lr, recipe.lr_end, recipe.shape) == (1e-4, 0, "cosine")
+    assert (recipe.weight_decay, recipe.drop_path, recipe.layer_decay) == (0.1, 0.1, 1.0)
+    for in_memory, quick, merge in ((False, True, False), (True, True, True), (True, False, False)):
+        data.in_memory = in_memory
+        sizes, recipe = detect.preset(data, quick)
+        assert sizes.light and sizes.merge == merge and recipe.steps == (300 if quick else 4000)
+        assert sizes.size == (96 if in_memory else detect.SMALL)
+
+
 # ---------------------------------------------------------------- samples
+
+def test_scenes_as_objects():
+    """Two objects, of classes 11 and 4, the second over the first; as scenes are stored."""
+    array = np.zeros((1, 4, 20, 20), dtype=np.uint8)
+    array[0, 3, 2:12, 3:9] = 11 + 1
+    array[0, 3, 8:15, 5:18] = BLOCK + 4 + 1
+    scenes = Scenes(array)
+    image, objects = scenes.objects(0)
+    assert image.shape == (3, 20, 20) and objects.classes.tolist() == [11, 4]
+    assert objects.boxes.tolist() == [[3, 2, 9, 12], [5, 8, 18, 15]]
+    assert objects.areas.tolist() == [60 - 16, 7 * 13] and not objects.crowd.any()
+    assert np.array_equal(objects.masks[1], array[0, 3] == BLOCK + 5)
+    assert not (objects.masks[0] & objects.masks[1]).any()
+    merged = detect.Merged(scenes)
+    assert len(merged) == 1 and merged.classes == ["object"] and merged.mean == scenes.mean
+    assert merged.objects(0)[1].classes.tolist() == [0, 0]
+    assert scenes.objects(0)[1].classes.tolist() == [11, 4]
+
 
 @pytest.mark.parametrize("seed", range(12))
 def test_objects_move_with_the_image(seed):
