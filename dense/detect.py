@@ -6,7 +6,7 @@ weights trained, average precision of boxes and of masks.
     all validation images  ->  AP in per cent                                          measure
 
     ViT blocks 4, 6, 8, 12    (B, P, D) each
-    rescaled                  (B, D, S/s, S/s) for strides s of 4, 8, 16, 32 pixels       FourMaps
+    rescaled                  (B, D, S/s, S/s) for strides s of 4, 8, 16, 32 pixels        maps.py
     FPN                       (B, 256, S/s, S/s), and one of stride 64
     torchvision's Mask R-CNN  region proposals, box head, mask head
 
@@ -19,7 +19,6 @@ four blocks, we everywhere, as in pre-training, for 1.4 times the multiplication
 Checked in tests/test_detect.py.
 """
 import copy
-import math
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 from torch import nn
 from torchvision import tv_tensors
-from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -41,6 +39,7 @@ from tqdm import tqdm
 
 from dense import average_precision as ap
 from dense.loop import Recipe, all_workers, from_files, shared, train
+from dense.maps import FourMaps, patch_size
 from figures.canvas import spread
 from figures.dense_boxes import Shown, draw_detections, sure
 from plumbing import distributed
@@ -48,8 +47,6 @@ from plumbing.device import seed_all
 from plumbing.errors import BadInput
 from probes import row
 
-BLOCKS = (4, 6, 8, 12)          # of 12: where the maps come from
-STRIDES = (4, 8, 16, 32)        # pixels between neighbours on the four maps
 ASPECTS = (0.5, 1.0, 2.0)       # of anchors, height / width
 
 
@@ -59,10 +56,11 @@ class Preset(NamedTuple):
     scales: tuple               # of training images, beside the largest that fits S
     anchors: tuple              # sides on the five maps, as shares of S
     light: bool                 # narrow heads and few proposals, for a CPU
+    merge: bool = False         # all objects are one class: minutes do not suffice for many
 
 
 FULL = Preset(1024, (0.1, 2.0), (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), light=False)
-LIGHT = Preset(128, (0.7, 1.4), (0.1, 0.2, 0.35, 0.55, 0.8), light=True)
+LIGHT = Preset(96, (0.7, 1.4), (0.1, 0.2, 0.35, 0.55, 0.8), light=True)     # for scenes
 SMALL = 256                     # S for folders with --quick
 EPOCHS = 25
 BATCH = 16
@@ -77,51 +75,15 @@ def preset(source, quick):
         recipe = Recipe(steps=EPOCHS * epoch, batch_size=BATCH, lr=1e-4, warmup=epoch,
                         weight_decay=0.1, drop_path=0.1, epoch_steps=epoch)
         return FULL, recipe
-    steps = 400 if quick else 4000
+    steps = 300 if quick else 4000
     recipe = Recipe(steps=steps, batch_size=8, lr=1e-3, warmup=steps // 10, weight_decay=0.05,
                     layer_decay=0.7, epoch_steps=steps // 4)
-    return (LIGHT if source.in_memory else LIGHT._replace(size=SMALL)), recipe
+    if source.in_memory:
+        return LIGHT._replace(merge=quick), recipe
+    return LIGHT._replace(size=SMALL), recipe
 
 
 # ---------------------------------------------------------------- the network
-
-def four_blocks(depth):
-    """Numbers of the blocks whose outputs are used: 4, 6, 8, 12 of 12, others in proportion."""
-    return tuple(round(depth * block / 12) for block in BLOCKS)
-
-
-def rescale(dim, patch_size, stride):
-    """Layers from a map of one vector a patch to one of about this stride, in pixels.
-
-    Twice as fine per transposed convolution, half as fine per halving by maxima."""
-    doublings = round(math.log2(patch_size / stride))
-    layers = []
-    for _ in range(doublings):
-        if layers:
-            layers += [LayerNorm2d(dim, eps=1e-6), nn.GELU()]
-        layers.append(nn.ConvTranspose2d(dim, dim, 2, 2))
-    if doublings < 0:
-        layers.append(nn.MaxPool2d(2 ** -doublings))
-    return nn.Sequential(*layers)
-
-
-class FourMaps(nn.Module):
-    """A ViT's patch tokens as maps, coarser and coarser: (B, 3, S, S) -> four (B, D, S/s, S/s).
-
-    The last block's come after the ViT's last norm, so that all of its weights are trained."""
-
-    def __init__(self, vit):
-        super().__init__()
-        self.vit = vit
-        patch_size = vit.patch_embed.proj.kernel_size[0]
-        self.rescale = nn.ModuleList(rescale(vit.dim, patch_size, stride) for stride in STRIDES)
-
-    def forward(self, images):
-        C = int(self.vit.cls_token is not None)
-        outputs = self.vit(images, keep=four_blocks(self.vit.depth)[:3])
-        maps = [tokens[:, C:].transpose(1, 2).unflatten(2, self.vit.grid) for tokens in outputs]
-        return [rescale(each) for rescale, each in zip(self.rescale, maps)]
-
 
 class Pyramid(nn.Module):
     """What Mask R-CNN looks at: images -> {"0".."3", "pool": (B, width, S/s, S/s)}."""
@@ -157,10 +119,7 @@ class Detector(nn.Module):
     def __init__(self, vit, classes, mean, std, preset):
         super().__init__()
         vit = copy.deepcopy(vit).requires_grad_(True)
-        patch_size = vit.patch_embed.proj.kernel_size[0]
-        grid = preset.size // patch_size
-        vit.regrid(grid, grid)
-        self.size = grid * patch_size
+        self.size = preset.size // patch_size(vit) * patch_size(vit)
         heads = dict(num_classes=classes + 1)
         width = 256
         if preset.light:
@@ -184,6 +143,24 @@ class Detector(nn.Module):
 
 
 # ---------------------------------------------------------------- what it learns from
+
+class Merged:
+    """A split whose objects are all of one class."""
+    classes = ["object"]
+    in_memory = True
+
+    def __init__(self, source):
+        self.source = source
+        self.mean = source.mean
+        self.std = source.std
+
+    def __len__(self):
+        return len(self.source)
+
+    def objects(self, i):
+        image, objects = self.source.objects(i)
+        return image, objects._replace(classes=np.zeros_like(objects.classes))
+
 
 class Training:
     """Images as the detector learns from them; samples for dense.loop.from_files.
@@ -316,21 +293,26 @@ def probe_detect(model, _train, _val, setup):
     sizes, recipe = preset(source, setup.quick)
     if setup.probe_epochs:
         recipe = recipe.lasting(setup.probe_epochs, len(source))
+    if sizes.merge:
+        source = Merged(source)
+        unseen = Merged(unseen)
     seed_all(setup.seed)
     net = Detector(model.representation, len(source.classes), source.mean, source.std, sizes)
     samples = Training(source, net.size, sizes.scales, source.mean)
     workers = 0 if source.in_memory else all_workers()
     batches = from_files(samples, recipe, setup, collate, workers)
-    train(net, net.vit, recipe, batches, setup, setup.file("detect", ".pt"), "detect")
-    blocks = " ".join(map(str, four_blocks(net.vit.depth)))
+    keep = None if setup.quick else setup.file("detect", ".pt")
+    what = f"detect, {setup.tag}, {len(source):,} images"
+    train(net, net.vit, recipe, batches, setup, keep, what)
     found = measure(net, unseen, setup)
     if distributed.is_main() and setup.folder:
         draw(net, unseen, setup, setup.file("detect", ".png"))
+    told = "all one class" if sizes.merge else f"{len(source.classes)} classes"
     for shape, values in zip(("boxes", "masks"), found):
-        for name in ("AP", "AP50"):
-            yield row("detect", shape + name[2:], f"blocks {blocks}, all weights",
-                      head_words(sizes, source, unseen), recipe.epochs(len(source)), "AP",
-                      values[name])
+        for name, which in (("AP", shape), ("AP50", f"{shape} at IoU 0.5")):
+            yield row("detect", f"{which}, {told}",
+                      "four blocks, all weights", head_words(sizes, source, unseen),
+                      recipe.epochs(len(source)), "AP", values[name])
 
 
 def head_words(sizes, *splits):

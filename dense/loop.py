@@ -14,7 +14,7 @@ Checked in tests/test_dense_loop.py.
 import hashlib
 import math
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -198,7 +198,7 @@ class _Drawn(Dataset):
             seed_all(self.seed, 6, epoch, index)
             try:
                 return self.samples[index]
-            except BadInput as error:       # handed over: the loader would raise a whole traceback
+            except BadInput as error:           # a worker would wrap it into its own traceback
                 return error
 
 
@@ -227,23 +227,25 @@ def from_files(samples, recipe, setup, collate, workers=0):
 
     collate: list of samples -> batch, a tuple.  workers: processes that read; 0: this one, for
     what lies in memory."""
-    def joined(drawn):
-        bad = [error for error in drawn if isinstance(error, BadInput)]
-        return bad[0] if bad else collate(drawn)
-
     def batches(first):
         indices = (chosen(len(samples), recipe.batch_size, setup.seed, step)
                    for step in range(first, recipe.steps))
         # A generator of its own: otherwise the loader draws from torch's.
-        loader = DataLoader(_Drawn(samples, setup.seed), batch_sampler=indices, collate_fn=joined,
-                            num_workers=workers, pin_memory=setup.device.type == "cuda",
-                            generator=torch.Generator())
+        loader = DataLoader(_Drawn(samples, setup.seed), batch_sampler=indices,
+                            collate_fn=partial(_collated, collate), num_workers=workers,
+                            pin_memory=setup.device.type == "cuda", generator=torch.Generator())
         for batch in loader:
             if isinstance(batch, BadInput):
                 raise batch
             yield on_device(batch, setup.device)
 
     return batches
+
+
+def _collated(collate, drawn):
+    """A batch, or the first error among what was drawn."""
+    errors = [sample for sample in drawn if isinstance(sample, BadInput)]
+    return errors[0] if errors else collate(drawn)
 
 
 def all_workers():
