@@ -45,7 +45,9 @@ from regions import (
     where_salient,
 )
 
-VICREG_WEIGHT = 0.001       # of C-JEPA's regulariser, and within it of the three terms:
+# Weight of C-JEPA's regulariser (Mo & Tong, 2024, arXiv:2410.19560: beta_vicreg), and within it of
+# the three terms. Taken from public re-implementations, which agree; that paper was not at hand.
+VICREG_WEIGHT = 0.001
 INVARIANCE = 25
 VARIANCE = 25
 COVARIANCE = 1
