@@ -151,7 +151,6 @@ def otsu(level, rounds=1):
     promises that too, but not on every device.) One histogram serves all rounds: what is left are
     the patches up to some level."""
     bins = torch.arange(LEVELS, device=level.device)
-    from_top = (LEVELS - bins).short()          # largest for the lowest; small numbers are fastest
     histogram = torch.zeros(len(level), LEVELS, dtype=torch.int64, device=level.device)
     histogram.scatter_add_(1, level, torch.ones_like(level))
     n1 = histogram.cumsum(1)
@@ -165,7 +164,7 @@ def otsu(level, rounds=1):
         variance = between / (n1 * (n - n1)).clamp(min=1)
         variance = torch.where(bins <= highest, variance, -1)
         is_best = variance == variance.amax(1, keepdim=True)
-        highest = LEVELS - (is_best * from_top).amax(1, keepdim=True).long()
+        highest = torch.where(is_best, bins, LEVELS).amin(1, keepdim=True)
         thresholds.append(highest)
     return torch.cat(thresholds, dim=1)
 
@@ -192,8 +191,7 @@ def components(group):
     a round every tree that is not yet its whole component joins another: their number halves, at
     least. So the number of rounds, and in each the length of the longest chain of hooks, are known
     beforehand, and nothing waits for the device. (Repeated 3x3 dilation is simpler, but a spiral
-    takes it P / 2 passes.) A CPU, which may look, stops earlier: smooth maps of 14 x 14 patches take
-    two or three rounds of the five.
+    takes it P / 2 passes.)
 
     The work is in comparing 8 neighbours. There, small integers are fastest, and a name counts from
     the last patch up, so that 0 is nobody."""
@@ -209,10 +207,7 @@ def components(group):
         name = (P - tree).short()
         across = _neighbours(name.view(B, H, W))
         others = across * joined * (across != name[:, None]).short()
-        best = others.amax(1)                                               # 0: touches no other
-        if group.device.type == "cpu" and not best.any():       # where to look is no wait
-            break
-        smallest = P - best.long()
+        smallest = P - others.amax(1).long()                                # P: touches no other
         chosen = torch.full_like(tree, P).scatter_reduce(1, tree, smallest, "amin")
         parent = torch.where(chosen < P, chosen, patch)
         mutual = parent.gather(1, parent) == patch
