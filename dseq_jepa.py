@@ -223,14 +223,16 @@ class RegionJEPA(nn.Module):
         image_loss = step_loss.sum(1) / steps.clamp(min=1)                  # Eqs. 6, 7
         learned_from = images_with_a_step(steps)
         loss = image_loss.sum() / learned_from.clamp(min=1 / world_size())
+        weight = learned_from / len(steps)
         if self.vicreg:
+            weight = None
             x, y, counts = self.image_means(z_hat, index, plan, h)
             terms = vicreg_terms(gather(x), gather(y), gather(counts))      # of the global batch
             loss = loss + self.vicreg * terms
         logs = dict(steps=steps.float().mean())
         if saliency is not None:
             logs |= where_salient(saliency, self.encoder.grid)
-        return Output(loss, tokens, tokens.mean(1), logs, weight=learned_from / len(steps))
+        return Output(loss, tokens, tokens.mean(1), logs, weight)
 
     def look(self, batch):
         """What the target encoder sees in whole images.
