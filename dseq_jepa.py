@@ -45,7 +45,9 @@ from regions import (
     where_salient,
 )
 
-VICREG_WEIGHT = 0.001       # of C-JEPA's regulariser, and within it of the three terms:
+# Weight of C-JEPA's regulariser (Mo & Tong, 2024, arXiv:2410.19560: beta_vicreg), and within it of
+# the three terms. Taken from public re-implementations, which agree; that paper was not at hand.
+VICREG_WEIGHT = 0.001
 INVARIANCE = 25
 VARIANCE = 25
 COVARIANCE = 1
@@ -221,14 +223,16 @@ class RegionJEPA(nn.Module):
         image_loss = step_loss.sum(1) / steps.clamp(min=1)                  # Eqs. 6, 7
         learned_from = images_with_a_step(steps)
         loss = image_loss.sum() / learned_from.clamp(min=1 / world_size())
+        weight = learned_from / len(steps)
         if self.vicreg:
+            weight = None
             x, y, counts = self.image_means(z_hat, index, plan, h)
             terms = vicreg_terms(gather(x), gather(y), gather(counts))      # of the global batch
             loss = loss + self.vicreg * terms
         logs = dict(steps=steps.float().mean())
         if saliency is not None:
             logs |= where_salient(saliency, self.encoder.grid)
-        return Output(loss, tokens, tokens.mean(1), logs, weight=learned_from / len(steps))
+        return Output(loss, tokens, tokens.mean(1), logs, weight)
 
     def look(self, batch):
         """What the target encoder sees in whole images.

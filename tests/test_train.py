@@ -172,6 +172,14 @@ def test_the_mean_of_the_parts_means_would_be_another_loss(make_config):
     assert losses[0] == 0 and abs(sum(losses) / 2 - model(batch).loss) > 0.1 * model(batch).loss
 
 
+def test_a_loss_of_the_whole_batch_has_no_parts(make_config):
+    """Refused by its flag; here it is seen that it could not be done by mistake either."""
+    model, batch = region_model_and_batch(make_config, method="dseq-c-jepa")
+    assert model(batch).weight is None
+    with pytest.raises(TypeError):
+        train.backward(model, batch, model, 2)
+
+
 def test_a_batch_without_any_step_gives_zeros_in_parts_too(make_config):
     model, batch = region_model_and_batch(make_config, size=4)
     out, found = gradients_of(model, batch, 2)
