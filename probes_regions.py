@@ -70,8 +70,16 @@ class ImageFeatures(NamedTuple):
             yield "[CLS]", self.cls
 
 
-READS = {"linear": {"blocks"}, "knn": {"mean", "cls"}, "cls": {"cls"}, "finetune": set()}
 ALL = frozenset({"blocks", "mean", "cls"})
+READS = {                       # fields that a probe reads, besides labels; not listed: all
+    "linear": {"blocks"},
+    "knn": {"mean", "cls"},
+    "cls": {"cls"},
+    "finetune": set(),
+    "segment-linear": set(),
+    "segment": set(),
+    "detect": set(),
+}
 
 
 def extract_images(model, views, device, *, fields=ALL, crops=0, seed=0, batch_size=256, index=None,

@@ -5,7 +5,8 @@
 
 The probes are real, `linear knn cls` of a ViT and `transfer` of seq-JEPA. Images and encoder are
 dummies: what is measured is everything behind the encoder. Each line is of a process of its own:
-the most host memory it had, and how much of that PyTorch took before it began. Heads are trained
+the most host memory it had, pages of the files that a batch had touched included, and how much of
+that PyTorch took before it began. Heads are trained
 for a few epochs, for memory does not depend on their number.
 
 Files lie in TMPDIR, else in the current folder, and are gone afterwards.
@@ -139,7 +140,7 @@ def measure_all(options):
     spawn = multiprocessing.get_context("spawn")        # a fork would begin with our own peak
     rows = []
     print("kind      images      features  peak memory  of it before  extraction  heads")
-    for kind in KINDS:
+    for kind in options.only or KINDS:
         for N in options.images:
             with ProcessPoolExecutor(1, spawn) as process:
                 found = process.submit(measure, kind, N, options.width, options.memory * 1e6,
@@ -161,6 +162,7 @@ def parse(argv=None):
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", type=int, nargs="+", metavar="N",
                    default=[10_000, 100_000, 1_000_000], help="how many to train heads on")
+    p.add_argument("--only", nargs="+", choices=list(KINDS), help="of one mode (default: both)")
     p.add_argument("--width", type=int, default=128, metavar="D",
                    help="numbers of a token (default: 128; 1,000,000 images then take 2.6 GB)")
     p.add_argument("--memory", type=int, default=50, metavar="MB",

@@ -59,6 +59,8 @@ def test_a_line_and_a_record_for_each_kind(monkeypatch, tmp_path, capsys):
     record = json.loads(kept.read_text())
     assert len(record["rows"]) == 4 and {"command", "commit", "device", "seconds"} <= record.keys()
     assert capsys.readouterr().out.count("2.00 GB") == 4
+    assert probe_memory.main(["--images", "100", "--only", "saccade"]) == 0
+    assert capsys.readouterr().out.count("2.00 GB") == 1
 
 
 @pytest.mark.parametrize("flags", ["--images 5", "--images 1000000000", "--memory -1", "--width 0",
