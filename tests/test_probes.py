@@ -1,6 +1,8 @@
 """Features are the frozen model's and only those that are read; retrieval by hand. Heads and
 scores: test_heads.py."""
 import dataclasses
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +118,27 @@ def test_on_disk_every_probe_says_nearly_what_it_says_in_memory(model_and_views,
     for in_memory, on_disk in zip(*values):
         assert on_disk == pytest.approx(in_memory, abs=0.01)
     assert list(tmp_path.glob("tmp*")) == []
+
+
+def test_features_of_the_trained_model_are_gone_before_those_of_the_untrained_come(monkeypatch):
+    alive = weakref.WeakSet()
+    counts = []
+
+    def measure(model, setup):
+        counts.append(len(alive))
+        pair = torch.ones(3), torch.ones(3)
+        alive.update(pair)
+        return pair
+
+    def probe(model, train, val, setup):
+        counts.append(len(alive))
+        yield probes.row("p", "class", "z", "none", 0, "top-1 %", train.sum().item())
+
+    monkeypatch.setitem(evaluate.PROBES, "p", probe)
+    setup = probes.Setup({}, CPU, 0, M_train=1, probes=("p",))
+    rows = evaluate.measure_both("model", "twin", setup, SimpleNamespace(measure=measure), {})
+    assert counts == [0, 2, 0, 2]
+    assert rows[0]["value"] == rows[0]["untrained"] == 3
 
 
 def test_retrieval_ranks_by_hand():
