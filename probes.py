@@ -99,11 +99,12 @@ def extract(model, views, lengths, device, *, fields=ALL, samplings=1, seed=0, b
     fields: which of them.  amp: bfloat16 autocast.  folder: see plumbing/scratch.py.
     what: them in words; if given, BadInput is raised if one is not finite."""
     index = torch.arange(len(views)) if index is None else index
+    words = what or "features"
     M = max((2, *lengths))              # at least two views: the action between them is probed
 
     @torch.inference_mode()
     def batches(s):
-        bar = tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False)
+        bar = tqdm(index.split(batch_size), desc=f"{words} {s + 1}/{samplings}", leave=False)
         for i, some in enumerate(bar):
             seed_all(seed, s, i)
             batch = views(some, M)

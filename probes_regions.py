@@ -60,8 +60,16 @@ class ImageFeatures(NamedTuple):
             yield "[CLS]", self.cls
 
 
-READS = {"linear": {"blocks"}, "knn": {"mean", "cls"}, "cls": {"cls"}, "finetune": set()}
 ALL = frozenset({"blocks", "mean", "cls"})
+READS = {                       # fields that a probe reads, besides labels; not listed: all
+    "linear": {"blocks"},
+    "knn": {"mean", "cls"},
+    "cls": {"cls"},
+    "finetune": set(),
+    "segment-linear": set(),
+    "segment": set(),
+    "detect": set(),
+}
 
 
 def extract_images(model, views, device, *, fields=ALL, crops=0, seed=0, batch_size=256, index=None,
@@ -72,11 +80,12 @@ def extract_images(model, views, device, *, fields=ALL, crops=0, seed=0, batch_s
     amp: bfloat16 autocast.  folder: see plumbing/scratch.py.
     what: them in words; if given, BadInput is raised if one is not finite."""
     index = torch.arange(len(views)) if index is None else index
+    words = what or "features"
 
     def gathered(images_of, samplings, fields):
         @torch.inference_mode()
         def batches(s):
-            bar = tqdm(index.split(batch_size), desc=f"{what} {s + 1}/{samplings}", leave=False)
+            bar = tqdm(index.split(batch_size), desc=f"{words} {s + 1}/{samplings}", leave=False)
             for i, some in enumerate(bar):
                 seed_all(seed, 4, s, i)
                 images = images_of(some)

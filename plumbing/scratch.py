@@ -8,9 +8,10 @@ memory-mapped files. These have no name, so nothing is left of them however the 
 room they take is reserved beforehand. They lie in TMPDIR if that is set, else in the folder that is
 given, and not in /tmp, which may itself be memory.
 
-What was written or read is let go at once: the process holds one batch, not the file. As much of
-the file as there is free memory for stays in the operating system's cache. So rows in a random
-order cost next to nothing while the cache holds the file, and a disk access each where it does not.
+What was written or read is let go at once: the process holds one batch, not the file (and what the
+operating system maps around each row, up to 2 MB). As much of the file as there is free memory for
+stays in the operating system's cache. So rows in a random order cost next to nothing while the
+cache holds the file, and a disk access each where it does not.
 
 Nothing in here is about JEPA. Checked in tests/test_scratch.py.
 """

@@ -1,98 +1,20 @@
-"""Metrics against scikit-learn, heads against closed forms, and proof that the model is not
-touched."""
-import numpy as np
+"""Features are the frozen model's and only those that are read; retrieval by hand. Heads and
+scores: test_heads.py."""
+import dataclasses
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
-import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, r2_score
-from sklearn.neighbors import KNeighborsClassifier
 
+import evaluate
+import probes
 from build import build_model
-from probes import (
-    accuracy,
-    extract,
-    fit,
-    knn_accuracy,
-    linear_head,
-    mlp_head,
-    r2,
-    retrieval_ranks,
-)
+from plumbing import scratch
+from probes import extract, retrieval_ranks
 from saccades import Saccades
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("n, k", [(50, 1), (200, 4), (7, 3)])
-def test_r2_is_scikit_learn_s(n, k):
-    y, noise = torch.randn(n, k, dtype=torch.double), torch.randn(n, k, dtype=torch.double)
-    y[:, 0] = y[:, 0] * 10 + 3
-    scores = r2(y + 0.7 * noise, y)
-    np.testing.assert_allclose(scores, r2_score(y, y + 0.7 * noise, multioutput="raw_values"))
-    assert scores.mean().item() == pytest.approx(r2_score(y, y + 0.7 * noise))
-
-
-def test_r2_of_a_constant_target_as_scikit_learn():
-    y = torch.ones(6, 2)
-    prediction = torch.stack([torch.ones(6), torch.zeros(6)], dim=1)
-    np.testing.assert_allclose(r2(prediction, y), r2_score(y, prediction, multioutput="raw_values"))
-
-
-def test_accuracy_is_scikit_learn_s():
-    head, x, y = linear_head(5, 3), torch.randn(1, 80, 5), torch.randint(0, 3, (80,))
-    assert accuracy(head, x, y) == pytest.approx(100 * accuracy_score(y, head(x[0]).argmax(1)))
-
-
-def test_knn_is_brute_force():
-    x, y, x_val = torch.randn(90, 6), torch.randint(0, 4, (90,)), torch.randn(40, 6)
-    truth = torch.randint(0, 4, (40,))
-    vote = KNeighborsClassifier(
-        20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
-    ).fit(x, y)
-    assert knn_accuracy(x, y, x_val, truth) == pytest.approx(100 * vote.score(x_val, truth))
-
-
-def test_linear_regressor_reaches_least_squares():
-    x, weight = torch.randn(1, 400, 6), torch.randn(6, 2)
-    y = x[0] @ weight + 0.3 * torch.randn(400, 2) + 1.5
-    design = torch.cat([x[0], torch.ones(400, 1)], dim=1)
-    best = torch.linalg.lstsq(design, y).solution
-    head = fit(linear_head(6, 2), x, y, F.mse_loss, epochs=1500)
-    torch.testing.assert_close(head.weight.T, best[:-1], atol=0.02, rtol=0.02)
-    torch.testing.assert_close(head.bias, best[-1], atol=0.02, rtol=0.02)
-
-
-def test_mlp_head_learns_what_a_linear_one_cannot():
-    x = torch.randn(1, 1000, 2)
-    y = (x[0, :, :1] * x[0, :, 1:])
-    bent, straight = (
-        fit(make(2, 1), x, y, F.mse_loss, 60)(x[0]).detach() for make in (mlp_head, linear_head)
-    )
-    assert r2(bent, y).item() > 0.9 and r2(straight, y).item() < 0.1
-    assert mlp_head(2, 1)[0].out_features == 1024
-
-
-def test_epoch_e_trains_on_sampling_e_mod_s():
-    """Two samplings with opposite targets: one epoch follows the first, and only alternation sees
-    both."""
-    x = torch.ones(2, 64, 1)
-    y = torch.stack([torch.ones(64, 1), -torch.ones(64, 1)])
-    one = fit(linear_head(1, 1), x, y, F.mse_loss, epochs=1)
-    first_only = fit(linear_head(1, 1), x[:1], y[:1], F.mse_loss, epochs=1)
-    assert torch.equal(one.weight, first_only.weight)
-    two = fit(linear_head(1, 1), x, y, F.mse_loss, epochs=2)
-    assert not torch.equal(
-        two.weight, fit(linear_head(1, 1), x[:1], y[:1], F.mse_loss, epochs=2).weight
-    )
-
-
-def test_a_probe_s_result_depends_on_its_seed_alone():
-    x, y = torch.randn(1, 50, 4), torch.randn(50, 2)
-    results = []
-    for state in (1, 2):
-        torch.manual_seed(state)
-        results.append(fit(linear_head(4, 2), x, y, F.mse_loss, 3).weight)
-    assert torch.equal(*results)
 
 
 @pytest.fixture
@@ -143,6 +65,80 @@ def test_features_are_those_of_the_model_in_eval_mode(model_and_views):
     assert torch.equal(features.labels, views.labels) and not torch.equal(
         features.z[0], features.z[1]
     )
+
+
+def test_only_what_the_asked_for_probes_read_is_extracted(model_and_views, monkeypatch):
+    model, views = model_and_views
+    everything = extract(model, views, [1, 3], CPU)
+    asked = []
+    monkeypatch.setattr(views, "clean", lambda index: asked.append(index))
+    for names in (["transfer"], ["retrieval"], ["action", "parameters"], ["path"]):
+        setup = probes.Setup(dict(train=views, val=views), CPU, 0, M_train=3, lengths=(1, 3),
+                             probes=tuple(names))
+        wanted = set().union(*(probes.READS[name] for name in names))
+        for features in probes.measure_views(model, setup):
+            assert torch.equal(features.labels, views.labels)
+            for name, value in features._asdict().items():
+                assert bool(value is not None and len(value)) == (name in wanted | {"labels"})
+        train = probes.measure_views(model, setup)[0]
+        for name in wanted & {"z", "actions", "params", "a"}:           # and it is the same
+            assert torch.equal(getattr(train, name), getattr(everything, name))
+    assert not asked                                                    # no clean image was made
+    assert everything.z_clean is not None and len(everything.z_agg_no_views) == 2
+
+
+@pytest.mark.parametrize("name", ["classify", "knn", "action", "parameters", "path", "transfer"])
+def test_a_probe_reads_no_more_than_it_says(name, model_and_views):
+    """It works on what is extracted for it alone; a probe that is not listed gets everything."""
+    model, views = model_and_views
+    setup = probes.Setup(dict(train=views, val=views), CPU, 0, M_train=3, lengths=(1,),
+                         probes=(name,), probe_epochs=1)
+    train, val = probes.measure_views(model, setup)
+    assert list(evaluate.PROBES[name](model, train, val, setup))
+    setup = dataclasses.replace(setup, probes=("a fork's",))
+    assert None not in probes.measure_views(model, setup)[0]
+
+
+def test_on_disk_every_probe_says_nearly_what_it_says_in_memory(model_and_views, monkeypatch,
+                                                               tmp_path):
+    model, views = model_and_views
+    names = ("classify", "knn", "action", "parameters", "path")
+    setup = probes.Setup(dict(train=views, val=views), CPU, 0, M_train=3, lengths=(1, 3),
+                         probes=names, probe_epochs=3, samplings=2, folder=tmp_path)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    values = []
+    for bound in (scratch.IN_MEMORY, 0):
+        monkeypatch.setattr(scratch, "IN_MEMORY", bound)
+        train, val = probes.measure_views(model, setup)
+        assert train.z.dtype == (torch.float32 if bound else torch.float16)
+        assert train.actions.dtype == train.params.dtype == torch.float32
+        rows = [row for name in names for row in evaluate.PROBES[name](model, train, val, setup)]
+        values.append([row["value"] for row in rows])
+    assert len(values[0]) == 3 + 3 + 1 + 1 + 6
+    for in_memory, on_disk in zip(*values):
+        assert on_disk == pytest.approx(in_memory, abs=0.01)
+    assert list(tmp_path.glob("tmp*")) == []
+
+
+def test_features_of_the_trained_model_are_gone_before_those_of_the_untrained_come(monkeypatch):
+    alive = weakref.WeakSet()
+    counts = []
+
+    def measure(model, setup):
+        counts.append(len(alive))
+        pair = torch.ones(3), torch.ones(3)
+        alive.update(pair)
+        return pair
+
+    def probe(model, train, val, setup):
+        counts.append(len(alive))
+        yield probes.row("p", "class", "z", "none", 0, "top-1 %", train.sum().item())
+
+    monkeypatch.setitem(evaluate.PROBES, "p", probe)
+    setup = probes.Setup({}, CPU, 0, M_train=1, probes=("p",))
+    rows = evaluate.measure_both("model", "twin", setup, SimpleNamespace(measure=measure), {})
+    assert counts == [0, 2, 0, 2]
+    assert rows[0]["value"] == rows[0]["untrained"] == 3
 
 
 def test_retrieval_ranks_by_hand():
