@@ -156,8 +156,10 @@ def as_published(config):
     return all(found[name] == expected[name] for name in found if name not in NOT_LEARNED)
 
 
-def paper_numbers(config):
+def paper_numbers(config, dataset=None):
     """{(probe, predicts, from): value} that the papers report for a run with these settings, or {}.
+
+    dataset: what it is probed on, if not on its own (column `probed` of papers.csv).
 
     A --quick run, other saliency or an ablation that has no row cannot be put beside them."""
     if not as_published(config):
@@ -165,7 +167,8 @@ def paper_numbers(config):
     numbers = {}
     with open(PAPERS, newline="") as file:
         for line in csv.DictReader(file):
-            if all(line[name] in ("", str(getattr(config, name))) for name in VARIED):
+            same = all(line[name] in ("", str(getattr(config, name))) for name in VARIED)
+            if same and (line["probed"] or config.dataset) == (dataset or config.dataset):
                 key = line["probe"], line["predicts"], line["from"]
                 numbers[key] = float(line["value"])
     return numbers
@@ -201,8 +204,8 @@ def evaluate(options):
         for each in filter(None, (model, twin)):
             each.representation.compile()
     paper = {}
-    if data.dataset == config.dataset and not options.probe_epochs:
-        paper = paper_numbers(config)
+    if not options.probe_epochs:
+        paper = paper_numbers(config, data.dataset)
     rows = measure_both(model, twin, setup, rules, paper)
     result = dict(
         checkpoint=str(options.checkpoint), step=checkpoint["step"],
