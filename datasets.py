@@ -5,6 +5,7 @@
 Splits: `pretrain` is what the model learns from, `train` and `val` are for the probes. They differ
 only on STL-10, whose 100,000 unlabelled images join its training images in `pretrain`.
 A data set is a reader, (config, split) -> prepare.Reading, and a row in the two tables at the end.
+In mode regions photographs are kept whole (images.Pictures), elsewhere as squares.
 Large files are memory-mapped. What must be decoded, resized or rendered is made once, and kept
 under DATA_DIR/.cache (prepare.py). Each reader also looks, without decoding, at the validation
 split, so that training says at its start what evaluation would stumble over.

@@ -5,7 +5,7 @@
     python evaluate.py runs/NAME/last.pt --probe action path --figures
     python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR
                                                              another data set (B.6)
-    python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset folder --data-dir CUB
+    python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset cub --data-dir DIR
                                                              a ViT on another data set
 
 Prints a table, each number beside the same probe on a randomly initialised model of the same shape,
