@@ -27,7 +27,7 @@ from sources.solids import MATERIALS
 MODES = {"saccade": Saccades, "rotation": Rotations, "augment": Augmentations, "regions": Crops}
 
 DATASETS = ("stl10", "cifar10", "cifar100", "tiny-imagenet", "3diebench", "imagenet", "folder",
-            "solids", "clevr-count", "clevr-distance")
+            "solids", "clevr-count", "clevr-distance", "cub", "cars", "inat21")
 
 # --method, and the encoders it can train.
 BASELINES = (*PAIR_METHODS, "conv-jepa")
@@ -65,6 +65,9 @@ PRESETS = {
     ("folder", "regions"): VIT_BASE_224,
     ("clevr-count", "regions"): VIT_BASE_224,
     ("clevr-distance", "regions"): VIT_BASE_224,
+    ("cub", "regions"): VIT_BASE_224,                       # these three: to probe on, Table 1
+    ("cars", "regions"): VIT_BASE_224,
+    ("inat21", "regions"): VIT_BASE_224,
     ("stl10", "regions"): dict(image_size=96, patch_size=8, encoder="vit-small"),
     ("tiny-imagenet", "regions"): VIT_SMALL_64,
     ("solids", "regions"): VIT_SMALL_64,
@@ -138,7 +141,7 @@ ADDITIVE = dict(method=("dseq-jepa", "i-jepa"))
 SOLIDS = dict(dataset=("solids",))
 FETCHED = dict(dataset=("stl10", "cifar10", "cifar100"))
 FILES = dict(dataset=("tiny-imagenet", "3diebench", "imagenet", "folder", "clevr-count",
-                      "clevr-distance"))
+                      "clevr-distance", "cub", "cars", "inat21"))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 Splits: `pretrain` is what the model learns from, `train` and `val` are for the probes. They differ
 only on STL-10, whose 100,000 unlabelled images join its training images in `pretrain`.
 A data set is a reader, (config, split) -> prepare.Reading, and a row in the two tables at the end.
+In mode regions photographs are kept whole (images.Pictures), elsewhere as squares.
 Large files are memory-mapped. What must be decoded, resized or rendered is made once, and kept
 under DATA_DIR/.cache (prepare.py). Each reader also looks, without decoding, at the validation
 split, so that training says at its start what evaluation would stumble over.
@@ -22,8 +23,9 @@ from plumbing.cache import cache_path, cached
 from plumbing.errors import BadInput, printable
 from sources import prepare, shapes, solids
 from sources.clevr import CLASSES as CLEVR_CLASSES
-from sources.clevr import clevr_files
-from sources.folders import class_of, classes_of, split_folders
+from sources.clevr import clevr_files, vtab_train
+from sources.finegrained import read_cars, read_cub, read_inat21
+from sources.folders import class_of, classes_of, labelled, labels_of, split_folders
 from sources.prepare import SPLIT_SEED, Reading
 from sources.threediebench import read_3diebench
 
@@ -157,18 +159,8 @@ def read_folder(config, split):
     prepare.require(root, f"--dataset {config.dataset} reads images from --data-dir")
     found = split_folders(root)
     if found:
-        train, val = found
-        top = {"train": train, "val": val}[name]
-        of_train = prepare.image_files(train)
-        of_val = prepare.image_files(val)
-        classes = classes_of(of_train, train)
-        unknown = sorted(set(classes_of(of_val, val)) - set(classes))
-        if unknown:
-            raise BadInput(f"{val / unknown[0]}: no such class in {train}; "
-                           "both folders must name the same classes")
-        files = of_val if name == "val" else of_train
+        files, labels, classes = labelled(*found, name)
     else:
-        top = root
         everything = prepare.image_files(root)
         classes = classes_of(everything, root)
         if len(everything) < 2:
@@ -178,15 +170,10 @@ def read_folder(config, split):
         held_out = order < max(1, len(everything) // 10)
         wanted = held_out if name == "val" else ~held_out
         files = [file for file, keep in zip(everything, wanted) if keep]
-    names = [class_of(file, top) for file in files]
+        labels = labels_of([class_of(file, root) for file in files], classes)
+    # Mode regions crops the file's whole picture; other modes the middle square.
     keep = prepare.pictures if config.mode == "regions" else prepare.decoded
-    return keep(files, _numbers(names, classes), classes, config, name)
-
-
-def _numbers(names, classes):
-    """Names of classes -> labels (N,) int64."""
-    index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[name] for name in names])
+    return keep(files, labels, classes, config, name)
 
 
 def read_tiny_imagenet(config, split):
@@ -207,7 +194,7 @@ def read_tiny_imagenet(config, split):
             files += of_class
             names += [wnid] * len(of_class)
     name = "val" if split == "val" else "train"
-    return prepare.decoded(files, _numbers(names, classes), classes, config, name)
+    return prepare.decoded(files, labels_of(names, classes), classes, config, name)
 
 
 def _tiny_imagenet_val(folder, classes):
@@ -228,13 +215,22 @@ def _tiny_imagenet_val(folder, classes):
 
 
 def read_clevr(config, split):
-    """CLEVR's images with one of its two labellings; `val` is its validation split."""
+    """CLEVR's images, squashed to squares, with one of its two labellings.
+
+    `val` is its validation split, `train` VTAB-1k's 800 of its training split, and `pretrain`, for
+    which labels do not count, all of that."""
     name = "val" if split == "val" else "train"
     files, labels = clevr_files(config.data_dir, config.dataset, "val")
     prepare.require_listed(files, files[0].parent, "CLEVR_val_scenes.json")
     if name == "train":
         files, labels = clevr_files(config.data_dir, config.dataset, name)
-    return prepare.decoded(files, labels, CLEVR_CLASSES[config.dataset], config, name)
+    if split == "train":
+        few = vtab_train(len(files))
+        files = files[:few]
+        labels = labels[:few]
+        name = f"train{few}"
+    classes = CLEVR_CLASSES[config.dataset]
+    return prepare.decoded(files, labels, classes, config, name, squash=True)
 
 
 # ---------------------------------------------------------------- embedded solids
@@ -307,6 +303,9 @@ READERS = {
     "folder": read_folder,
     "clevr-count": read_clevr,
     "clevr-distance": read_clevr,
+    "cub": read_cub,
+    "cars": read_cars,
+    "inat21": read_inat21,
     "solids": read_solids,
 }
 
@@ -323,5 +322,8 @@ STATISTICS = {
     "folder": IMAGENET_STATISTICS,
     "clevr-count": IMAGENET_STATISTICS,
     "clevr-distance": IMAGENET_STATISTICS,
+    "cub": IMAGENET_STATISTICS,
+    "cars": IMAGENET_STATISTICS,
+    "inat21": IMAGENET_STATISTICS,
     "solids": ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
 }

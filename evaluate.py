@@ -5,7 +5,7 @@
     python evaluate.py runs/NAME/last.pt --probe action path --figures
     python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR
                                                              another data set (B.6)
-    python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset folder --data-dir CUB
+    python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset cub --data-dir DIR
                                                              a ViT on another data set
     python evaluate.py --weights FILE --dataset folder --data-dir DIR
                                                              weights of others (sources/weights.py)
@@ -169,16 +169,18 @@ def as_published(config):
     return all(found[name] == expected[name] for name in found if name not in NOT_LEARNED)
 
 
-def paper_numbers(config):
+def paper_numbers(config, dataset=None):
     """{(probe, predicts, from): value} that the papers report for a run with these settings, or {}.
 
+    dataset: what it is probed on, if not on its own (column `probed` of papers.csv).
     A --quick run, other saliency or an ablation that has no row cannot be put beside them."""
     if not as_published(config):
         return {}
     numbers = {}
     with open(PAPERS, newline="") as file:
         for line in csv.DictReader(file):
-            if all(line[name] in ("", str(getattr(config, name))) for name in VARIED):
+            same = all(line[name] in ("", str(getattr(config, name))) for name in VARIED)
+            if same and (line["probed"] or config.dataset) == (dataset or config.dataset):
                 key = line["probe"], line["predicts"], line["from"]
                 numbers[key] = float(line["value"])
     return numbers
@@ -220,9 +222,8 @@ def evaluate(options):
         for each in filter(None, (model, twin)):
             each.representation.compile()
     paper = {}
-    own = data.dataset == config.dataset or data.dataset in dense.READERS
-    if source.of_run and own and not options.probe_epochs and not options.quick:
-        paper = paper_numbers(config)
+    if source.of_run and not options.probe_epochs and not options.quick:
+        paper = paper_numbers(config, data.dataset)
     rows = measure_both(model, twin, setup, rules, paper, beside)
     result = dict(
         checkpoint=str(source.path), step=source.step,

@@ -224,10 +224,11 @@ class Store:
 
 
 # Pictures of any height and width are kept as they come from their files, decoded, but no larger
-# than needed (sources/prepare.py says how large). The other way, to decode the file at every step,
-# needs no disk, and 8 to 14 cores for each GPU that takes 2,500 images/s; this takes half a core,
-# and finds a damaged file before training and not during it. Measured in results/README.md, "Crops
-# from whole pictures".
+# than needed (sources.prepare.PICTURE_SIDE). The other way, to decode the files at every step,
+# needs no disk beside them, but 4 to 6 cores for a GPU that takes 2,500 images/s, in as many
+# threads of one process. Cutting from what is kept takes a seventh of a core and, for ImageNet, 635
+# GB; and a damaged file is found before training. Measured: results/README.md, "Crops from whole
+# pictures".
 #
 # All lie in one flat array, one after the other, each as (3, H, W). To cut boxes of different sizes
 # out of it at once, one looks at the array as overlapping rows of C bytes, one starting at every

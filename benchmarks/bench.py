@@ -10,6 +10,7 @@
                + channels_last, + bf16, + compile), the share of the time that goes into views,
                memory, arithmetic and how much of the device's peak that is
     regions    DSeq-JEPA's region extraction, batched and per image with OpenCV and SciPy
+    crops      crops of photographs: files decoded at every step, or kept decoded (crops.py)
     flops      what a step of DSeq-JEPA costs beside I-JEPA, part by part (flops.py)
 
 The per-image way (per_image.py) is that of a DataLoader: a multinomial draw over all pixels and a
@@ -37,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 import config as settings
-from benchmarks import flops
+from benchmarks import crops, flops
 from benchmarks.per_image import PerImage, loader, regions_one_by_one
 from build import build_model
 from config import MODES
@@ -379,10 +380,22 @@ def bench_flops(device, options):
               f"{cost.seen:6.1f} {cost.predicted:6.1f}")
 
 
+# ---------------------------------------------------------------- crops of photographs
+
+def bench_crops(device, options):
+    """Table: images per second that become crops, on the CPU; cores and disk for ImageNet."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = crops.photographs(options, folder)
+        rows = list(crops.table(files, options.threads, options.batch_size or 32, options.repeats))
+    what = "of --data-dir" if options.data_dir else "of noise, 500 x 375 pixels"
+    print(f"{len(files)} files {what}")
+    crops.show(rows)
+
+
 # ---------------------------------------------------------------- the command
 
 SECTIONS = {"views": bench_views, "train": bench_train, "regions": bench_regions,
-            "flops": bench_flops}
+            "crops": bench_crops, "flops": bench_flops}
 
 
 class Tee:
@@ -443,7 +456,7 @@ def parser():
                        help="also feed the model from a per-image DataLoader")
     train.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
                        help="its worker processes (default: one per core)")
-    costs = p.add_argument_group("section flops")
+    costs = p.add_argument_group("sections crops and flops")
     costs.add_argument("--data-dir", metavar="DIR",
                        help="a folder of photographs (default: blurred noise)")
     costs.add_argument("--images", type=int, default=64, metavar="N",

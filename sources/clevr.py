@@ -7,6 +7,12 @@
     clevr-distance   6 classes, the distance of the nearest object to the camera, cut at
                      8.0, 8.5, ..., 10.0: VTAB's bins
 
+As in VTAB-1k, files are sorted by name; probes learn from the first 800 of the first nine tenths of
+the training split (of fewer images, from all of these), and are tested on the whole validation
+split, 15,000. VTAB's 200 for choosing settings, the first of the last tenth, are not used: nothing
+is chosen here. The whole image is squashed to a square: a middle square would lose a third of the
+width, and with it objects that the labels count.
+
 Checked in tests/test_clevr.py.
 """
 import json
@@ -18,6 +24,7 @@ import numpy as np
 from plumbing.errors import BadInput
 from sources.prepare import read_text
 
+TRAIN_IMAGES = 800
 EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)          # VTAB's, in CLEVR's units
 BINS = [f"{low} to {high}" for low, high in zip(EDGES, EDGES[1:])]
 CLASSES = {"clevr-count": [f"{n} objects" for n in range(3, 11)],
@@ -25,7 +32,7 @@ CLASSES = {"clevr-count": [f"{n} objects" for n in range(3, 11)],
 
 
 def clevr_files(data_dir, task, split):
-    """Image files and labels of one split.  split: "train" or "val".  -> [paths], (N,) int64
+    """Image files, sorted, and labels of one split.  split: "train" or "val".  -> [paths], (N,)
 
     Raises: BadInput for a missing or damaged scene file."""
     root = Path(data_dir) / "CLEVR_v1.0"
@@ -34,6 +41,7 @@ def clevr_files(data_dir, task, split):
     text = read_text(scenes, "unpack CLEVR_v1.0 into --data-dir")
     try:
         listed = json.loads(text)["scenes"]
+        listed = sorted(listed, key=lambda scene: scene["image_filename"])
         files = [root / "images" / split / Path(scene["image_filename"]).name for scene in listed]
         labels = np.array([label_of(scene) for scene in listed], dtype=np.int64)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError,
@@ -42,6 +50,11 @@ def clevr_files(data_dir, task, split):
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(CLASSES[task]):
         raise BadInput(f"{scenes}: expected scenes of 3 to 10 objects; unpack CLEVR_v1.0 again")
     return files, labels
+
+
+def vtab_train(count):
+    """How many images, the first of `count` in the training split, VTAB-1k trains on."""
+    return max(1, min(TRAIN_IMAGES, 9 * count // 10))
 
 
 def _count(scene):

@@ -11,8 +11,10 @@ Checked in tests/test_datasets.py; strange layouts in tests/test_hostile_data.py
 import re
 from pathlib import Path
 
+import numpy as np
+
 from plumbing.errors import BadInput
-from sources.prepare import SUFFIXES
+from sources.prepare import SUFFIXES, image_files
 
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation")
@@ -73,3 +75,24 @@ def class_of(file, root):
 def classes_of(files, root):
     """Names of the classes of files, sorted."""
     return sorted({class_of(file, root) for file in files})
+
+
+def labels_of(names, classes):
+    """Names of classes -> labels (N,) int64."""
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([index[name] for name in names])
+
+
+def labelled(train, val, name):
+    """Images of one of two folders, `name` "train" or "val": files, labels (N,), names of classes.
+
+    Raises: BadInput if val has a class that train has not."""
+    of_train = image_files(train)
+    of_val = image_files(val)
+    classes = classes_of(of_train, train)
+    unknown = sorted(set(classes_of(of_val, val)) - set(classes))
+    if unknown:
+        raise BadInput(f"{val / unknown[0]}: no such class in {train}; "
+                       "both folders must name the same classes")
+    files, top = (of_val, val) if name == "val" else (of_train, train)
+    return files, labels_of([class_of(file, top) for file in files], classes), classes

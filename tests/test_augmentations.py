@@ -365,6 +365,56 @@ def test_crop_fallback_is_torchvisions():
         assert (ours == torch.tensor(theirs)).all(), (ours, theirs)
 
 
+def test_each_image_may_have_its_own_size():
+    sizes = torch.tensor([[30, 40], [50, 50], [20, 90], [64, 33]]).repeat(1500, 1)
+    height, width = sizes.float().split(1, dim=1)
+    recipe = A.Recipe(scale=(0.3, 1.0))
+    ours = A.sample(6000, (height, width), recipe, generator=seeded(15)).crop.double()
+    for i, (H, W) in enumerate(sizes[:4].tolist()):
+        mine = ours[i::4]
+        assert (mine[:, 0] + mine[:, 2] <= H).all() and (mine[:, 1] + mine[:, 3] <= W).all()
+        with torch.random.fork_rng():
+            torch.manual_seed(16 + i)
+            image = torch.empty(3, H, W)
+            theirs = torch.tensor([RandomResizedCrop.get_params(image, recipe.scale, recipe.ratio)
+                                   for _ in range(1500)]).double()
+        for a, b in zip(mine.T, theirs.T):
+            assert ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-3
+    never = A.Recipe(scale=(5, 5))
+    ours = A.sample(4, (height[:4], width[:4]), never).crop
+    theirs = [RandomResizedCrop.get_params(torch.empty(3, H, W), never.scale, never.ratio)
+              for H, W in sizes[:4].tolist()]
+    assert (ours == torch.tensor(theirs)).all()
+
+
+def test_sizes_as_tensors_and_as_numbers_draw_alike():
+    size = torch.full((500, 1), 37.0), torch.full((500, 1), 53.0)
+    one = A.sample(500, (37, 53), generator=seeded(17))
+    two = A.sample(500, size, generator=seeded(17))
+    for a, b in zip(one, two):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("H, W", [(40, 40), (30, 47), (47, 30), (21, 100), (90, 61), (32, 33)])
+def test_the_middle_is_that_of_the_whole_image_resized(H, W):
+    shorter, size, margin = 32, 28, 3
+    image = random_images(1, H, W)
+    whole = [shorter * n // min(H, W) for n in (H, W)]
+    resized = F.resize(image, shorter, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    assert list(resized.shape[2:]) == whole
+    expected = F.center_crop(resized, size).clamp(0, 1)
+    first = [round((n - size) / 2) for n in whole]
+    # Only what is needed of the image, beginning at another pixel on each axis.
+    starts = [max(0, int(n / w * f - 3 * max(1, n / w)) - margin)
+              for n, w, f in zip((H, W), whole, first)]
+    part = torch.full((1, 3, 100, 100), 9.0)                    # what is beside it weighs nothing
+    seen = image[:, :, starts[0]:, starts[1]:]
+    part[:, :, :seen.shape[2], :seen.shape[3]] = seen
+    rows, columns = (torch.tensor([[-s, n, w, f]]).float()
+                     for s, n, w, f in zip(starts, (H, W), whole, first))
+    assert_close(A.resized_middle(part, rows, columns, size), expected)
+
+
 def test_seeds():
     a, same, other = (A.sample(50, 32, A.TARGET, generator=seeded(s)) for s in (1, 1, 2))
     for name, x, y, z in zip(A.Params._fields, a, same, other):

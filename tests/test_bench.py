@@ -1,10 +1,13 @@
 """bench.py: the command runs, and what flops.py counts is what one can count by hand."""
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import bench, flops
+from augmentations import resized_crop_flip
+from benchmarks import bench, crops, flops
 from build import build_model
 from regions import Crops
 
@@ -45,6 +48,30 @@ def test_both_ways_see_the_same_uneven_saliency(make_config):
     slow = bench.per_image(views, split, config)
     assert slow.saliency.shape == (3, 20, 20) and slow.saliency.std() > 0.1
     assert torch.equal(slow.saliency, views.saliency[torch.arange(3)])
+
+
+def test_crops_are_timed_from_files_and_from_what_is_kept(photos, capsys):
+    arguments = f"crops --device cpu --repeats 1 --batch-size 4 --images 3 --data-dir {photos}"
+    for line in (arguments, "crops --device cpu --repeats 1 --batch-size 4 --images 2"):
+        assert bench.main(line.split()) == 0
+        printed = capsys.readouterr().out
+        assert "files of" in printed and "decode alone" in printed
+        assert all(f"kept at {side}: cut, resize" in printed for side in crops.SIDES)
+
+
+def test_both_ways_cut_the_same_crop(tmp_path):
+    """From a file kept as it is, the usual way and ours see the same but for rounding."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    smooth = Image.fromarray(noise).resize((400, 300), Image.BICUBIC)
+    smooth.save(tmp_path / "x.png")
+    crop = [31, 57, 203, 251]
+    theirs = crops.decode_crop((tmp_path / "x.png", crop), scaled=False)
+    pictures = crops.kept([tmp_path / "x.png"], 384)
+    canvas = pictures[torch.tensor([[0, *crop]])].float() / 255
+    ours = resized_crop_flip(canvas, torch.tensor([[0, 0, *crop[2:]]]), torch.tensor([False]), 224)
+    ours = 255 * ours[0].permute(1, 2, 0).numpy()
+    assert abs(ours - theirs).max() < 1.5
 
 
 @pytest.mark.parametrize("case", ["saccade", "i-jepa"])

@@ -410,3 +410,19 @@ def test_an_array_of_another_type_or_layout_is_made_again(path, change):
     again = get(path, Maker())
     np.testing.assert_array_equal(again, WANTED)
     assert again.flags.c_contiguous and again.dtype == WANTED.dtype
+
+
+def test_an_array_larger_than_memory_is_mapped_read_only(path, monkeypatch):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, WANTED)
+    original = np.lib.format.open_memmap
+
+    def refused_to_copies(path, mode):                          # as Linux does
+        if mode == "c":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return original(path, mode=mode)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", refused_to_copies)
+    array = cache.open_array(path)
+    np.testing.assert_array_equal(array, WANTED)
+    assert not array.flags.writeable

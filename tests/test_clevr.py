@@ -7,7 +7,7 @@ from PIL import Image
 
 from datasets import load
 from plumbing.errors import BadInput
-from sources.clevr import CLASSES, clevr_files
+from sources.clevr import CLASSES, clevr_files, vtab_train
 
 
 @pytest.fixture
@@ -39,16 +39,53 @@ def test_labels_by_hand(clevr):
     assert len(CLASSES["clevr-count"]) == 8 and len(CLASSES["clevr-distance"]) == 6
 
 
+def small(make_config, clevr, task="clevr-count"):
+    return make_config(task, "regions", data_dir=str(clevr), image_size=32, patch_size=8)
+
+
 def test_images_and_labels_go_together(clevr, make_config):
-    split = load(
-        make_config("clevr-count", "regions", data_dir=str(clevr), image_size=32, patch_size=8),
-        "val",
-    )
-    assert split.labels.tolist() == [0, 2, 7] and split.parts[0].images[:, 0, 0, 0].tolist() == [
-        0,
-        40,
-        80,
-    ]
+    split = load(small(make_config, clevr), "val")
+    assert split.labels.tolist() == [0, 2, 7]
+    assert split.parts[0].images[:, 0, 0, 0].tolist() == [0, 40, 80]
+
+
+def test_files_are_sorted_by_name(clevr, make_config):
+    path = clevr / "CLEVR_v1.0" / "scenes" / "CLEVR_val_scenes.json"
+    scenes = json.loads(path.read_text())["scenes"]
+    path.write_text(json.dumps(dict(scenes=scenes[::-1])))
+    split = load(small(make_config, clevr), "val")
+    assert split.labels.tolist() == [0, 2, 7]
+    assert split.parts[0].images[:, 0, 0, 0].tolist() == [0, 40, 80]
+
+
+def test_probes_learn_from_vtab_s_800_and_pre_training_from_all(clevr, make_config):
+    config = small(make_config, clevr)
+    assert [len(load(config, split).labels) for split in ("pretrain", "train", "val")] == [3, 2, 3]
+    assert load(config, "train").parts[0].images[:, 0, 0, 0].tolist() == [0, 40]
+    assert [vtab_train(n) for n in (70_000, 889, 888, 10, 1)] == [800, 800, 799, 9, 1]
+
+
+def test_the_whole_image_is_squashed(clevr, make_config):
+    """What lies at the edges, which a middle square would lose, stays."""
+    file = clevr / "CLEVR_v1.0" / "images" / "val" / "CLEVR_val_000000.png"
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, :6] = 255
+    pixels[:4, 60:] = 255
+    Image.fromarray(pixels).save(file)
+    image = load(small(make_config, clevr), "val").parts[0].images[0]
+    squashed = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BICUBIC))
+    difference = image.astype(int) - squashed.transpose(2, 0, 1).astype(int)
+    assert abs(difference).max() <= 1 and image[:, 16, :2].min() > 230
+
+
+@pytest.mark.parametrize("distance, label", [(7.99, 0), (8.0, 1), (8.49, 1), (8.5, 2), (9.0, 3),
+                                             (9.5, 4), (9.99, 4), (10.0, 5), (30.0, 5)])
+def test_distances_are_cut_where_vtab_cuts_them(clevr, distance, label):
+    path = clevr / "CLEVR_v1.0" / "scenes" / "CLEVR_val_scenes.json"
+    things = [dict(pixel_coords=[1, 2, distance + k]) for k in range(3)]
+    scenes = [dict(image_filename="CLEVR_val_000000.png", objects=things)]
+    path.write_text(json.dumps(dict(scenes=scenes)))
+    assert clevr_files(clevr, "clevr-distance", "val")[1].tolist() == [label]
 
 
 @pytest.mark.parametrize(

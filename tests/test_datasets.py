@@ -39,7 +39,7 @@ def decodes(monkeypatch):
     """Paths of the images decoded so far."""
     seen, real = [], prepare.decode
     monkeypatch.setattr(
-        prepare, "decode", lambda path, size, smallest=1: seen.append(path) or real(path, size)
+        prepare, "decode", lambda path, size, **how: seen.append(path) or real(path, size, **how)
     )
     return seen
 
@@ -858,6 +858,107 @@ def test_sizes_do_not_clash(folder):
     config = folder(TWO_SPLITS)
     for size in (16, 24, 16):
         assert pixels(D.load(replace(config, image_size=size), "train")).shape == (4, 3, size, size)
+
+
+# ---------------------------------------------------------------- whole pictures
+
+LONG = {"train/a/0.png": (90, 30), "train/a/1.png": (31, 200), "train/b/2.png": (24, 24),
+        "train/b/3.png": (60, 60), "val/a/4.png": (50, 70)}             # width, height
+
+
+@pytest.fixture
+def whole(make_config):
+    """A folder of noisy pictures of the sizes of LONG, for mode regions; stored with sides of up to
+    41 pixels, 12/7 of 24."""
+    def make(**changes):
+        config = make_config("folder", "regions", image_size=24, patch_size=6, encoder="vit-nano",
+                             **changes)
+        for i, (name, (width, height)) in enumerate(LONG.items()):
+            path = Path(config.data_dir) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+        return config
+    return make
+
+
+def held(split):
+    """The pictures (3, H, W) of a split."""
+    part, = split.parts
+    ends = (3 * part.sizes.prod(1)).cumsum()
+    return [flat.reshape(3, *size) for flat, size in zip(np.split(part.images, ends), part.sizes)]
+
+
+def test_in_mode_regions_pictures_are_held_whole(whole):
+    config = whole()
+    split = D.load(config, "train")
+    assert split.parts[0].sizes.tolist() == [[30, 90], [200, 31], [24, 24], [41, 41]]
+    assert split.labels.tolist() == [0, 0, 1, 1] and split.classes == ["a", "b"]
+    for got, name in zip(held(split), LONG):
+        image = Image.open(Path(config.data_dir) / name)
+        if min(image.size) > 41:
+            image = image.resize((41, 41), Image.BICUBIC)
+        difference = got.astype(int) - np.asarray(image).transpose(2, 0, 1).astype(int)
+        assert abs(difference).max() <= 1                       # of a value that lies between two
+    assert D.load(config, "val").parts[0].sizes.tolist() == [[57, 41]]
+    square = D.load(replace(config, mode="saccade"), "train")
+    assert square.parts[0].sizes is None and square.parts[0].images.shape == (4, 3, 24, 24)
+
+
+def test_whole_pictures_are_decoded_once_and_again_when_they_change(whole, monkeypatch):
+    config = whole()
+    decodes = []
+    original = prepare.picture
+    monkeypatch.setattr(prepare, "picture",
+                        lambda path, **how: decodes.append(path.name) or original(path, **how))
+    for split in ("pretrain", "train", "train"):
+        D.load(config, split)
+    assert sorted(decodes) == ["0.png", "1.png", "2.png", "3.png"]
+    Image.new("RGB", (30, 26)).save(Path(config.data_dir) / "train/a/0.png")
+    assert D.load(config, "train").parts[0].sizes[0].tolist() == [26, 30] and len(decodes) == 8
+    limited = D.load(replace(config, limit=2), "train")
+    full = held(D.load(config, "train"))
+    assert sorted(limited.labels) == [0, 1] and len(decodes) == 10
+    for got, row in zip(held(limited), limited.parts[0].rows):
+        np.testing.assert_array_equal(got, full[row])
+    assert D.load(replace(config, image_size=12), "train").parts[0].sizes.min() == 21
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_pictures_that_were_held_sideways_are_measured_upright(tmp_path, ending, orientation):
+    path = tmp_path / f"x.{ending}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(30, 70).save(path, exif=exif)
+    for side in (100, 20):
+        assert prepare.picture(path, side).shape[1:] == prepare.picture_size(path, side)
+
+
+def test_a_long_decoding_goes_on_where_it_was_interrupted(whole, monkeypatch):
+    config = whole()
+    expected = held(D.load(replace(config, data_dir=str(config.data_dir)), "train"))
+    for file in (Path(config.data_dir) / ".cache").glob("*pictures*"):
+        file.unlink()
+    monkeypatch.setattr(prepare, "LARGE", 0)
+    monkeypatch.setattr(prepare, "DECODED_AT_ONCE", 1)
+    original = prepare.picture
+    decodes = []
+
+    def until_the_third(path, **how):
+        if len(decodes) == 2:
+            raise KeyboardInterrupt
+        decodes.append(path.name)
+        return original(path, **how)
+
+    monkeypatch.setattr(prepare, "picture", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        D.load(config, "train")
+    monkeypatch.setattr(prepare, "picture",
+                        lambda path, **how: decodes.append(path.name) or original(path, **how))
+    for got, wanted in zip(held(D.load(config, "train")), expected):
+        np.testing.assert_array_equal(got, wanted)
+    assert decodes == ["0.png", "1.png", "2.png", "3.png"]
 
 
 # ---------------------------------------------------------------- Tiny ImageNet

@@ -156,10 +156,11 @@ def test_papers_csv_names_settings_and_rows_that_exist():
         assert line["predicts"] in ("class", *rules.heads)
         if "M=" in line["from"]:
             assert int(line["from"].split("M=")[1].split(",")[0]) in rules.lengths
+        assert line["probed"] in (None, "", *settings.DATASETS)
         assert (0 if line["probe"] == "classify" else -0.1) < float(line["value"]) < 100
         assert "JEPA Table" in line["source"] or "JEPA B.2" in line["source"]
         seen.add(tuple(v for name, v in line.items() if name not in ("value", "source")))
-    assert len(seen) == len(lines) == 251                   # none says again what another says
+    assert len(seen) == len(lines) == 282                   # none says again what another says
 
 
 def test_the_paper_s_numbers_are_beside_the_paper_s_settings_alone():
@@ -178,6 +179,7 @@ def test_the_paper_s_numbers_are_beside_the_paper_s_settings_alone():
     assert evaluate.paper_numbers(settings.check(settings.Config(**large))) == {}
     large = settings.check(settings.Config(**large | dict(image_size=448, epochs=300)))
     assert list(evaluate.paper_numbers(large).values()) == [82.4, 87.8]
+    assert list(evaluate.paper_numbers(large, "cub").values()) == [68.9]
     base = settings.check(settings.Config(**settings.preset("imagenet", "regions")))
     authors = settings.preset("imagenet", "regions", recipe="authors")
     authors = settings.check(settings.Config(**authors))
@@ -185,6 +187,19 @@ def test_the_paper_s_numbers_are_beside_the_paper_s_settings_alone():
     assert evaluate.paper_numbers(dataclasses.replace(authors, lr=1e-3)) == {}
     assert evaluate.paper_numbers(dataclasses.replace(base, lr=8e-4)) == {}
     assert evaluate.paper_numbers(dataclasses.replace(base, accumulate=8)) != {}
+
+
+def test_what_a_run_is_probed_on_chooses_the_paper_s_column():
+    base = settings.check(settings.Config(**settings.preset("imagenet", "regions")))
+    linear = "linear", "class", "last 4 blocks, mean patch"
+    found = {name: evaluate.paper_numbers(base, name) for name in ("inat21", "cub", "cars")}
+    assert found == dict(inat21={linear: 36.4}, cub={linear: 66.2}, cars={linear: 67.3})
+    assert evaluate.paper_numbers(base, "imagenet") == evaluate.paper_numbers(base)
+    assert evaluate.paper_numbers(base)[linear] == 73.5
+    assert evaluate.paper_numbers(base, "folder") == {}
+    large = dataclasses.replace(base, encoder="vit-large", predictor_depth=12)
+    assert list(evaluate.paper_numbers(large, "clevr-distance").values()) == [71.5]
+    assert evaluate.paper_numbers(dataclasses.replace(base, dataset="cub"), "cub") == {}
 
 
 ANOTHER = {int: 7, float: 0.123, str: "another", bool: None}      # values that the preset has not

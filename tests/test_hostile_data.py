@@ -25,7 +25,8 @@ from images import Part
 from plumbing.cache import cached
 from plumbing.errors import BadInput, printable
 from sources import threediebench
-from sources.prepare import decode
+from sources.prepare import decode, picture_size
+from sources.prepare import picture as decode_whole
 from sources.saliency_files import published
 
 SIDE = 24
@@ -33,7 +34,10 @@ VIEWS = 2
 SMALL = ["--device", "cpu", "--batch-size", "2", "--epochs", "1", "--no-compile"]
 SEQ = ["--width", "4", "--views", "1", *SMALL]
 SACCADE = ["--mode", "saccade", "--image-size", str(SIDE), "--patch-size", "8", *SEQ]
+REGIONS = ["--mode", "regions", "--encoder", "vit-nano", "--image-size", "16", "--patch-size", "4",
+           *SMALL]
 FLAGS = {
+    "pictures": ["--dataset", "folder", *REGIONS],
     "folder": ["--dataset", "folder", *SACCADE],
     "maps": ["--dataset", "folder", "--saliency", "DATA/maps", *SACCADE],
     "stl10": ["--dataset", "stl10", "--mode", "augment", "--no-download", *SEQ],
@@ -128,8 +132,9 @@ def make_3diebench(root):
         np.save(root / f"{split}_labels.npy", [i % 2 for i in range(count)])
 
 
-MAKERS = {"folder": make_folder, "maps": make_maps, "stl10": make_stl10, "tiny": make_tiny,
-          "cifar10": make_cifar10, "clevr": make_clevr, "3diebench": make_3diebench}
+MAKERS = {"folder": make_folder, "pictures": make_folder, "maps": make_maps, "stl10": make_stl10,
+          "tiny": make_tiny, "cifar10": make_cifar10, "clevr": make_clevr,
+          "3diebench": make_3diebench}
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +312,18 @@ CASES = {
     "right to left": ("folder", data("train/b/\u202egnp.png", b""), r"\u202egnp.png"),
     "no UTF-8": ("folder", data(os.fsdecode(b"train/b/\xff.png"), b""), r"\udcff.png"),
     "bad validation image": ("folder", data("val/a/0.png", b"?"), "0.png: not a readable", *PEEK),
+    # whole pictures
+    "empty picture": ("pictures", data(PNG, b""), "1.png: not a readable image"),
+    "picture cut short": ("pictures", lambda root: os.truncate(root / PNG, 400), "1.png: not a re"),
+    "a line instead of a picture": ("pictures", data(PNG, claims(60000, 2, rows=2)), "1000 times"),
+    "a picture of 2 pixels": ("pictures", lambda root: picture(root / PNG, side=2), "than a patch"),
+    "PostScript picture": ("pictures", text(PNG, "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 "
+                                                 "9\n%%EndComments\n{} loop\n"), "PostScript"),
+    "picture of floats": ("pictures", lambda root: Image.fromarray(
+        np.ones((9, 9), np.float32)).save(root / PNG, format="TIFF"), "without a known white"),
+    "picture is a pipe": ("pictures", replaced_by(pipe, PNG), "1.png: not a regular file"),
+    "a cache of pictures is a folder": ("pictures", lambda root: (
+        root / ".cache" / "folder-train-pictures-16px.npy").mkdir(parents=True), "is a folder"),
     # folders
     "no such folder": ("folder", lambda root: shutil.rmtree(root), "not found"),
     "--data-dir is a file": ("folder", replaced_by(Path.touch, "."), "--data-dir", ),
@@ -569,6 +586,22 @@ def test_fuzzed_images(tmp_path, alarm, name, make):
     def use():
         image = decode(path, SIDE)
         assert image.dtype == np.uint8 and image.shape == (3, SIDE, SIDE)
+
+    assert fuzz(path, use)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, make", [
+    ("x.png", picture), ("x.jpg", picture), ("turned.jpg", turned), ("turned.webp", turned),
+])
+def test_fuzzed_pictures(tmp_path, alarm, name, make):
+    """What can be decoded has the size that its head says, or is refused too when it has not."""
+    path = tmp_path / name
+    make(path)
+
+    def use():
+        size = picture_size(path, 20)
+        assert decode_whole(path, 20).shape == (3, *size)
 
     assert fuzz(path, use)
 

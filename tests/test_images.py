@@ -131,3 +131,75 @@ def test_the_thread_ends_with_its_store():
     gc.collect()
     thread.join(5)
     assert not thread.is_alive()
+
+
+# ---------------------------------------------------------------- Pictures
+
+SIZES = [(9, 30), (30, 9), (12, 12), (10, 200), (4, 5), (31, 12), (1, 1), (17, 13)]
+
+
+def flat_part(sizes=SIZES, seed=0):
+    """Random pictures (3, H, W) of these sizes, and the Part that holds them."""
+    rng = np.random.default_rng(seed)
+    pictures = [rng.integers(0, 256, (3, H, W), dtype=np.uint8) for H, W in sizes]
+    tail = np.full(I.canvas_side(np.array(sizes)), 77, np.uint8)
+    flat = np.concatenate([picture.ravel() for picture in pictures] + [tail])
+    return pictures, I.Part(flat, "train", None, len(sizes), np.array(sizes))
+
+
+def random_boxes(sizes, count, side, seed=0):
+    rng = np.random.default_rng(seed)
+    boxes = []
+    for picture in rng.integers(0, len(sizes), count).tolist():
+        H, W = sizes[picture]
+        height, width = (int(rng.integers(1, min(n, side) + 1)) for n in (H, W))
+        boxes.append([picture, int(rng.integers(0, H - height + 1)),
+                      int(rng.integers(0, W - width + 1)), height, width])
+    return torch.tensor(boxes)
+
+
+@pytest.mark.parametrize("resident", ["yes", "no"])
+def test_boxes_are_cut_from_pictures_of_any_size(resident):
+    pictures, part = flat_part()
+    store = I.Pictures(part, CPU, resident)
+    boxes = random_boxes(SIZES, 300, store.side)
+    got = store[boxes]
+    assert got.shape == (300, 3, store.side, store.side) and got.dtype == torch.uint8
+    for canvas, (picture, top, left, height, width) in zip(got.numpy(), boxes.tolist()):
+        expected = pictures[picture][:, top:top + height, left:left + width]
+        np.testing.assert_array_equal(canvas[:, :height, :width], expected)
+
+
+def test_boxes_told_ahead_are_the_same_boxes():
+    _, part = flat_part()
+    store = I.Pictures(part, CPU, "no")
+    boxes = random_boxes(SIZES, 40, store.side)
+    expected = I.Pictures(part, CPU, "yes")[boxes]
+    store.prefetch(boxes)
+    assert len(store.waiting) == 1 and torch.equal(store[boxes], expected) and store.waiting == []
+
+
+def test_a_split_of_pictures_has_one_label_each():
+    _, part = flat_part()
+    split = I.Split([part], np.arange(8), [*"abcdefgh"], (0, 0, 0), (1, 1, 1), {})
+    images, labels = I.single_images(split, CPU)
+    assert isinstance(images, I.Pictures) and len(images) == 8
+    assert labels.tolist() == [*range(8)]
+
+
+def test_pictures_may_be_read_only_without_a_warning(recwarn):
+    _, part = flat_part()
+    part.images.setflags(write=False)
+    I.Pictures(part, CPU)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("H, W", [(12, 12), (12, 300), (300, 12), (100, 101), (7, 9), (2, 2)])
+def test_no_random_crop_is_larger_than_the_side_says(H, W):
+    from torchvision.transforms import RandomResizedCrop
+    side = I.canvas_side(np.array([[H, W], [2, 900]]))
+    for scale in ((0.08, 1.0), (0.3, 1.0), (0.99, 1.0), (3.0, 3.0)):        # the last: its fallback
+        for _ in range(200):
+            _, _, height, width = RandomResizedCrop.get_params(torch.empty(3, H, W), scale,
+                                                               (3 / 4, 4 / 3))
+            assert max(height, width) <= side

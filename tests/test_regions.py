@@ -17,10 +17,13 @@ from torchvision.transforms.v2 import functional as TF
 
 import augmentations
 import regions
+from build import views_of
+from images import Part, Split, canvas_side
 from regions import (
     LABELLED,
     RULES,
     Crops,
+    PictureCrops,
     cls_similarity,
     components,
     discriminative_regions,
@@ -839,3 +842,91 @@ def test_augmented_is_a_crop_of_any_size_flipped_or_not(views, monkeypatch):
     many = original(4000, 48, LABELLED)
     areas = many.crop[:, 2] * many.crop[:, 3] / 48 ** 2
     assert 0.05 < areas.min() < 0.11 and areas.max() > 0.9
+
+
+# ---- the mode, on whole pictures
+
+SIZES = [(60, 80), (80, 60), (48, 48), (50, 150), (300, 52), (30, 41)]
+
+
+@pytest.fixture
+def pictures(make_config):
+    """(PictureCrops of smooth random pictures of SIZES, the pictures (3, H, W) in [0, 1])"""
+    def make(resident="auto", **changes):
+        rng = np.random.default_rng(0)
+        images = [rng.integers(0, 256, (3, H, W), dtype=np.uint8) for H, W in SIZES]
+        sizes = np.array(SIZES)
+        flat = np.concatenate([image.ravel() for image in images]
+                              + [np.zeros(canvas_side(sizes), np.uint8)])
+        split = Split([Part(flat, "train", None, 6, sizes)], np.arange(6) % 2, ["even", "odd"],
+                      (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), {})
+        config = make_config("folder", "regions", image_size=48, patch_size=8, encoder="vit-nano",
+                             min_patches=2, resident=resident, **changes)
+        sampler = views_of(split, config, torch.device("cpu"))
+        assert isinstance(sampler, PictureCrops)
+        return sampler, [torch.from_numpy(image).float() / 255 for image in images]
+    return make
+
+
+def by_torchvision(image, crop, flip, sampler):
+    expected = TF.resized_crop(image, *crop, size=[48, 48], antialias=True,
+                               interpolation=TF.InterpolationMode.BICUBIC).clamp(0, 1)
+    expected = TF.normalize(expected, sampler.mean, sampler.std)
+    return expected.flip(2) if flip else expected
+
+
+@pytest.mark.parametrize("call, flips", [("__call__", False), ("augmented", True)])
+def test_crops_of_whole_pictures_are_torchvision_s(pictures, monkeypatch, call, flips):
+    sampler, images = pictures()
+    drawn = []
+    original = augmentations.sample
+    monkeypatch.setattr("regions.sample", lambda *args: drawn.append(original(*args)) or drawn[-1])
+    index = torch.arange(6).repeat(20)
+    got = getattr(sampler, call)(index)
+    got = got if flips else got.views[:, 0]
+    params, = drawn
+    assert params.flip.any() == flips and not params.flip.all()
+    for view, i, crop, flip in zip(got, index.tolist(), params.crop.long().tolist(), params.flip):
+        expected = by_torchvision(images[i], crop, flip, sampler)
+        torch.testing.assert_close(view, expected, atol=2e-4, rtol=1e-4)
+    # Not of the middle square alone, which is columns 50 to 100 of the fourth picture.
+    _, left, _, width = params.crop[3::6].unbind(1)
+    assert (left < 40).any() and (left + width > 110).any()
+
+
+def test_a_whole_picture_is_tested_on_the_middle_of_8_7_of_the_size(pictures):
+    sampler, images = pictures()
+    got = sampler.clean(torch.arange(6))
+    for view, image in zip(got, images):
+        resized = TF.resize(image, 55, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+        expected = TF.center_crop(resized, 48).clamp(0, 1)
+        expected = TF.normalize(expected, sampler.mean, sampler.std)
+        torch.testing.assert_close(view, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_crops_told_ahead_are_those_that_come(pictures):
+    ahead, _ = pictures("no")
+    plain, _ = pictures("yes")
+    for step in range(3):
+        torch.manual_seed(step)
+        ahead.prefetch(torch.arange(6) % (step + 2), 0)
+        (_, rows), = ahead.images.waiting
+        rows.result()
+        torch.manual_seed(step)
+        got = ahead(torch.arange(6) % (step + 2))
+        torch.manual_seed(step)
+        expected = plain(torch.arange(6) % (step + 2))
+        assert ahead.images.waiting == []
+        for a, b in zip(got[:4], expected[:4]):
+            assert torch.equal(a, b)
+
+
+def test_the_digest_tells_whole_pictures_apart(pictures):
+    one, _ = pictures()
+    two, _ = pictures("no")
+    assert one.digest() == two.digest()
+    two.images.sizes[1] = torch.tensor([60, 80])                # as many pixels, another shape
+    assert one.digest() != two.digest()
+    three, _ = pictures()
+    three.images.parts[0][3 * (60 * 80 + 80 * 60) + 1000] ^= 1  # a pixel of the third
+    assert one.digest() != three.digest()
