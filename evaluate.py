@@ -430,7 +430,9 @@ def choose_probes(options, config):
         if getattr(options, flag) is not None:
             raise BadInput(f"{flags.name_of(flag)}: only with --probe transfer; "
                            "the run's own comes from its checkpoint")
-    return names, dataclasses.replace(config, dataset=options.dataset or config.dataset)
+    if options.dataset:                             # the run's --limit was for its own data
+        config = dataclasses.replace(config, dataset=options.dataset, limit=options.limit or 0)
+    return names, config
 
 
 def other_data(options, config):

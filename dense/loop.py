@@ -14,7 +14,7 @@ Checked in tests/test_dense_loop.py.
 import hashlib
 import math
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -196,7 +196,10 @@ class _Drawn(Dataset):
         epoch, index = which
         with torch.random.fork_rng(devices=[]):
             seed_all(self.seed, 6, epoch, index)
-            return self.samples[index]
+            try:
+                return self.samples[index]
+            except BadInput as error:           # a worker would wrap it into its own traceback
+                return error
 
 
 @lru_cache(maxsize=2)
@@ -228,12 +231,21 @@ def from_files(samples, recipe, setup, collate, workers=0):
         indices = (chosen(len(samples), recipe.batch_size, setup.seed, step)
                    for step in range(first, recipe.steps))
         # A generator of its own: otherwise the loader draws from torch's.
-        loader = DataLoader(_Drawn(samples, setup.seed), batch_sampler=indices, collate_fn=collate,
-                            num_workers=workers, pin_memory=setup.device.type == "cuda",
-                            generator=torch.Generator())
-        return (on_device(batch, setup.device) for batch in loader)
+        loader = DataLoader(_Drawn(samples, setup.seed), batch_sampler=indices,
+                            collate_fn=partial(_collated, collate), num_workers=workers,
+                            pin_memory=setup.device.type == "cuda", generator=torch.Generator())
+        for batch in loader:
+            if isinstance(batch, BadInput):
+                raise batch
+            yield on_device(batch, setup.device)
 
     return batches
+
+
+def _collated(collate, drawn):
+    """A batch, or the first error among what was drawn."""
+    errors = [sample for sample in drawn if isinstance(sample, BadInput)]
+    return errors[0] if errors else collate(drawn)
 
 
 def all_workers():

@@ -40,6 +40,7 @@ class Scenes:
     label_names = ["background", *classes]
     mean = (0.5, 0.5, 0.5)      # as of solids
     std = (0.2, 0.2, 0.2)
+    in_memory = True            # nothing is decoded: no reading processes are needed
 
     def __init__(self, array):
         self.array = array      # (N, 4, S, S) uint8: colours, then BLOCK * (k - 1) + class + 1
