@@ -12,8 +12,9 @@
     torchrun --nproc-per-node 8 evaluate.py runs/NAME/last.pt --probe segment --dataset ade20k ...
                                                              a dense task (docs/dense.md)
 
-Prints a table, each number beside the same probe on a randomly initialised model of the same shape,
-and beside the paper's (papers.csv) where there is one; writes it to runs/NAME/probes.json.
+Prints a table, each number beside the same probe on a randomly initialised model of the same shape
+(but for finetune, unless asked), and beside the paper's (papers.csv) where there is one; writes it
+to runs/NAME/probes.json.
 
 PROTOCOLS has one row for each mode. The probes themselves are in probes.py and probes_regions.py.
 Checked in tests/test_evaluate.py.
