@@ -110,6 +110,17 @@ def test_samples_do_not_depend_on_where_one_starts_nor_on_workers():
     assert not torch.equal(labels[:10], labels[10:20])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_file_stays_one_line(workers):
+    class Bad(Pictures):
+        def __getitem__(self, index):
+            raise BadInput(f"{index}.png: not readable")
+
+    batches = loop.from_files(Bad(), RECIPE, SETUP, default_collate, workers)
+    with pytest.raises(BadInput, match=r"^\d.png: not readable$"):
+        next(batches(0))
+
+
 def test_ranks_share_a_batch(monkeypatch):
     alone = loop.chosen(10, 4, 3, step=2)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
