@@ -30,6 +30,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -218,10 +219,14 @@ def predict(net, image):
     features = rcnn.backbone(images.tensors)
     proposals, _ = rcnn.rpn(images, features)
     found, _ = rcnn.roi_heads(features, proposals, images.image_sizes)
-    found = {name: value if name == "labels" else value.float() for name, value in found[0].items()}
-    found, = rcnn.transform.postprocess([found], images.image_sizes, [(height, width)])
-    return (found["boxes"].double().cpu().numpy(), found["labels"].cpu().numpy() - 1,
-            found["scores"].double().cpu().numpy(), (found["masks"][:, 0] > 0.5).cpu().numpy())
+    found = found[0]
+    ratios = torch.tensor([width / size[1], height / size[0]], device=image.device)
+    boxes = found["boxes"].float() * ratios.repeat(2)
+    masks = []                              # a few at a time: as floats, all would take gigabytes
+    for some, where in zip(found["masks"].float().split(8), boxes.split(8)):
+        masks.append(paste_masks_in_image(some, where, (height, width))[:, 0] > 0.5)
+    return (boxes.double().cpu().numpy(), found["labels"].cpu().numpy() - 1,
+            found["scores"].double().cpu().numpy(), torch.cat(masks).cpu().numpy())
 
 
 def matches_of(found, objects):

@@ -32,16 +32,19 @@ def sure(boxes, labels, scores, masks):
 def draw_detections(pictures, classes, path):
     """Two rows: what is there, what was found.  pictures: [(image (3, H, W) uint8, Shown, Shown)]
 
-    Of an image each class has a colour, in both rows the same.  -> path"""
+    Of an image each class has a colour, in both rows the same; if there is but one class, each
+    object.  -> path"""
     across = len(pictures)
     figure, axes = subplots(2, across, figsize=(2.9 * across, 6.2), squeeze=False)
     for column, (image, there, found) in enumerate(pictures):
-        labels = np.union1d(there.labels, found.labels).astype(int)
-        colours = {label: CYCLE[i % len(CYCLE)] for i, label in enumerate(labels)}
+        labels = np.union1d(there.labels, found.labels)
         for row, shown in enumerate((there, found)):
+            number = np.searchsorted(labels, shown.labels)
+            if len(classes) == 1:
+                number = np.arange(len(shown.labels))
             axis = axes[row, column]
             axis.imshow(image.transpose(1, 2, 0))
-            _objects(axis, shown, classes, colours)
+            _objects(axis, shown, classes, number % len(CYCLE))
             axis.set(xlim=(-0.5, image.shape[2] - 0.5), ylim=(image.shape[1] - 0.5, -0.5))
         if len(found.labels) == 0:
             axes[1, column].set_xlabel(f"nothing of a score of {SURE} or more", fontsize=8)
@@ -52,11 +55,10 @@ def draw_detections(pictures, classes, path):
 
 
 def _objects(axis, shown, classes, colours):
-    """Masks in colour, their boxes, and names in the boxes' upper corners."""
+    """Masks in colours (n,) of CYCLE, their boxes, and names in the boxes' upper corners."""
     from matplotlib.patches import Rectangle
     for i in reversed(range(len(shown.labels))):            # the best one last, on top
-        label = int(shown.labels[i])
-        colour = colours[label]
+        colour = CYCLE[colours[i]]
         mask = shown.masks[i]
         axis.imshow(_tint(mask, colour), interpolation="nearest")
         if 0 < mask.sum() < mask.size:
@@ -64,7 +66,7 @@ def _objects(axis, shown, classes, colours):
         x1, y1, x2, y2 = shown.boxes[i] - 0.5               # a pixel's centre has whole numbers
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1.6,
                                  edgecolor=colour))
-        words = plain(classes[label])
+        words = plain(classes[int(shown.labels[i])])
         if shown.scores is not None:
             words += f" {shown.scores[i]:.2f}"
         axis.text(max(0, x1), max(0, y1), words, fontsize=7.5, color=WHITE, va="top", clip_on=True,

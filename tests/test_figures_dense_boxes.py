@@ -43,3 +43,12 @@ def test_masks_are_coloured_where_they_are(tmp_path):
     assert 0.4 < (first[:, 1] < width / 2).mean() < 0.6
     assert (second[:, 0] > height / 2).mean() > 0.99            # class 7: below, in the first
     assert (second[:, 1] < width / 2 + 20).mean() > 0.99
+
+
+def test_objects_of_a_single_class_differ_in_colour(tmp_path):
+    white = np.full((3, 60, 80), 255, dtype=np.uint8)
+    two = Shown(*(np.concatenate(both) for both in zip(square(0, 5)[:3], square(0, 35)[:3])))
+    pixels = imread(draw_detections([(white, two, two)], ["object"], tmp_path / "d.png"))[:, :, :3]
+    for colour in CYCLE[:2]:
+        rgb = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+        assert (np.abs(pixels - (0.4 * rgb + 0.6)).max(2) < 0.01).sum() > 500
