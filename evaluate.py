@@ -19,7 +19,6 @@ to runs/NAME/probes.json.
 PROTOCOLS has one row for each mode. The probes themselves are in probes.py and probes_regions.py.
 Checked in tests/test_evaluate.py.
 """
-import argparse
 import csv
 import dataclasses
 import functools
@@ -43,7 +42,7 @@ from dense import probes as dense
 from encoder import VITS
 from figures import regions as figures_of_regions
 from figures import sequences as figures
-from plumbing import command, distributed, flags
+from plumbing import asked, command, distributed, flags
 from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
 from plumbing.errors import BadInput, printable
@@ -57,9 +56,6 @@ PAPERS = Path(__file__).with_name("papers.csv")
 SETTLE_BATCHES = 20
 ONLINE_LIMIT = 2000             # samples of each split that an online probe looks at
 ONLINE_EPOCHS = 50              # of its heads
-MOST_VIEWS = 100                # M_val, ten times the papers' longest
-MOST_EPOCHS = 10_000            # of a head; the papers' longest take 300
-MOST_SAMPLINGS = 300            # of a training sample; an epoch sees one of them
 
 
 # (model, train features, val features, setup) -> rows of the table
@@ -193,59 +189,77 @@ def evaluate(options):
     """Load the checkpoint, probe it and a randomly initialised twin, print and keep the table."""
     started = time.monotonic()
     source = from_outside(options) if options.checkpoint is None else from_run(options)
-    config = source.config
-    run_dir = source.path.parent
     refuse_unwritable(source.result, "choose another place with --json", holds='"checkpoint"')
     if options.figures:
-        refuse_unwritable(run_dir / "report.html", "leave out --figures")
+        refuse_unwritable(source.path.parent / "report.html", "leave out --figures")
     device = distributed.own_device(pick_device(options.device))
     distributed.connect(device)
-    rules = protocol(config.mode)
-    names, data = choose_probes(options, config)
-    lengths = choose_lengths(options, config, names)
-    settings.check(config)
-    # Before data is rendered: has an object so many views?
-    settings.check_views(dataclasses.replace(config, views=max((2, *lengths))))
-    views = distributed.in_turn(open_data, data, device)
-    setup = probes.Setup(
-        views, device, config.seed, M_train=config.views, lengths=lengths, probes=names,
-        heads=rules.heads, samplings=options.samplings, probe_epochs=options.probe_epochs,
-        quick=config.quick or options.quick, amp=options.amp and device.type == "cuda",
-        folder=run_dir, tag=data.dataset)
-
-    beside = names
-    if options.untrained is None:
-        beside = tuple(name for name in names if name not in FROM_SCRATCH)
-    elif not options.untrained:
-        beside = ()
-    model, twin = two_models(source, views, device, bool(beside))
+    names, data = choose_probes(options, source.config)
+    setup = prepare(options, source, names, data, device)
+    beside = probed_beside(options, names)
+    model, twin = two_models(source, setup.views, device, bool(beside))
     if options.compile:
         for each in filter(None, (model, twin)):
             each.representation.compile()
     paper = {}
     if source.of_run and not options.probe_epochs and not options.quick:
-        paper = paper_numbers(config, data.dataset)
-    rows = measure_both(model, twin, setup, rules, paper, beside)
-    result = dict(
+        paper = paper_numbers(source.config, data.dataset)
+    rows = measure_both(model, twin, setup, protocol(source.config.mode), paper, beside)
+    if distributed.is_main():
+        result = described(options, source, data, setup, rows)
+        result["seconds"] = round(time.monotonic() - started, 1)
+        show(result)
+        text = json.dumps(result, indent=1) + "\n"
+        save_atomically(source.result, lambda part: part.write_text(text))
+        if options.figures:
+            draw(model, source, data, setup, result)
+    return 0
+
+
+def prepare(options, source, names, data, device):
+    """The probes' Setup, with the images: what is refused early, before they are rendered, too."""
+    config = source.config
+    lengths = choose_lengths(options, config, names)
+    settings.check(config)
+    settings.check_views(dataclasses.replace(config, views=max((2, *lengths))))
+    views = distributed.in_turn(open_data, data, device)
+    tag = data.dataset if source.of_run else f"{source.path.stem}-{data.dataset}"
+    return probes.Setup(
+        views, device, config.seed, M_train=config.views, lengths=lengths, probes=names,
+        heads=protocol(config.mode).heads, samplings=options.samplings,
+        probe_epochs=options.probe_epochs, quick=config.quick or options.quick,
+        amp=options.amp and device.type == "cuda", folder=source.path.parent, tag=tag)
+
+
+def probed_beside(options, names):
+    """Names of the probes that the untrained twin is put to as well."""
+    if options.untrained is None:
+        return tuple(name for name in names if name not in FROM_SCRATCH)
+    return names if options.untrained else ()
+
+
+def described(options, source, data, setup, rows):
+    """What is kept: the rows, and all that a reader must know of them."""
+    train, val = setup.views["train"], setup.views["val"]
+    return dict(
         checkpoint=str(source.path), step=source.step,
         weights=None if source.of_run else source.path.name,
-        config=dataclasses.asdict(source.trained), device=str(device),
-        dataset=data.dataset, classes=len(views["val"].classes), n_train=len(views["train"]),
-        n_val=len(views["val"]), samplings=options.samplings, probe_epochs=options.probe_epochs,
-        limit=data.limit,
-        seconds=round(time.monotonic() - started, 1), rows=rows,
-        remarks=[*source.remarks, *remarks_on(views, config)])
-    if not distributed.is_main():
-        return 0
-    show(result)
-    text = json.dumps(result, indent=1) + "\n"
-    save_atomically(source.result, lambda part: part.write_text(text))
-    if options.figures:         # dense probes have drawn theirs
-        draw = rules.draw if data.dataset not in dense.READERS else lambda *_: ()
-        for figure in draw(model, views["val"], config, rows, run_dir):
-            print(f"drew {printable(figure)}")
-        print(f"wrote {printable(write_report(run_dir, result))}")
-    return 0
+        config=dataclasses.asdict(source.trained), device=str(setup.device),
+        dataset=data.dataset, classes=len(val.classes), n_train=len(train), n_val=len(val),
+        samplings=options.samplings, probe_epochs=options.probe_epochs, limit=data.limit,
+        rows=rows, remarks=[*source.remarks, *remarks_on(setup.views, source.config)])
+
+
+def draw(model, source, data, setup, result):
+    """The figures and the report, into the run's folder. Dense probes have drawn theirs."""
+    folder = source.path.parent
+    figures = ()
+    if data.dataset not in dense.READERS:
+        rules = protocol(source.config.mode)
+        figures = rules.draw(model, setup.views["val"], source.config, result["rows"], folder)
+    for figure in figures:
+        print(f"drew {printable(figure)}")
+    print(f"wrote {printable(write_report(folder, result))}")
 
 
 def open_data(data, device):
@@ -428,11 +442,16 @@ def from_outside(options):
              if getattr(options, name) is not None}
     # The authors' actions of augmented views are no function of two views: only z is as ours.
     found = from_file(path, encoder_only=options.mode == "augment")
+    result = result_path(options, path)
+    of_data = ()
+    if options.dataset in dense.READERS:        # no data to learn from: the model's are ImageNet's
+        of_data = ("dataset", "limit")
+        typed = typed | dict(dataset="imagenet", limit=0)
     config, fill = outside_model(found, typed)
-    source = Source(path, config, config, fill, result_path(options, path), remarks=found.remarks)
     for name in DESCRIBE:           # used up: in what follows they mean other data than the model's
-        setattr(options, name, None)
-    return source
+        if name not in of_data:
+            setattr(options, name, None)
+    return Source(path, config, config, fill, result, remarks=found.remarks)
 
 
 def run_config(checkpoint, options):
@@ -539,85 +558,8 @@ def result_path(options, path):
 
 def parse(argv=None):
     """Options from the command line."""
-    p = flags.Parser(prog="evaluate.py", description="Probe a trained model.")
-    switch = argparse.BooleanOptionalAction
-    p.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?",
-                   help="a run's last.pt; settings come from it")
-    p.add_argument("--weights", metavar="FILE",
-                   help="in place of CHECKPOINT: weights of others, on --dataset; what the file "
-                        "does not tell is said with --mode, --encoder, --image-size, --patch-size")
-    p.add_argument("--mode", choices=settings.MODES, help="with --weights: what a view is")
-    p.add_argument("--encoder", choices=("resnet18", *VITS), help="with --weights: what it holds")
-    p.add_argument("--probe", nargs="+", choices=PROBES,
-                   help="which probes (default: all that apply to the run's mode)")
-    p.add_argument("--views", nargs="+", type=int, metavar="M",
-                   help="inference lengths M_val (default: the paper's for the mode)")
-    p.add_argument("--probe-epochs", type=int, default=0, metavar="N",
-                   help="epochs of every head (default: the paper's; a fifth of them for MLP heads "
-                        "of a --quick run)")
-    p.add_argument("--samplings", type=int, default=4, metavar="S",
-                   help="view samplings of each training sample (default: 4); with as many as "
-                        "epochs, 28, `linear` draws fresh crops in each, as the paper")
-    p.add_argument("--data-dir", metavar="DIR", help="where the data is now, if it moved")
-    p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
-    p.add_argument("--dataset", choices=(*settings.DATASETS, *dense.READERS),
-                   help="probe on another data set: with --probe transfer, or any probe of mode "
-                        "regions; dense probes need one of their own")
-    p.add_argument("--quick", action="store_true",
-                   help="shorter training of MLP heads and dense probes, as for a --quick run")
-    p.add_argument("--image-size", type=int, metavar="N",
-                   help="with --probe transfer: its image size (default: its preset's)")
-    p.add_argument("--patch-size", type=int, metavar="N",
-                   help="with --probe transfer: its patch size (default: the run's)")
-    p.add_argument("--saliency", metavar="S",
-                   help="with --probe transfer: its saliency maps, as train.py's --saliency "
-                        "(default: the run's)")
-    p.add_argument("--untrained", action=switch,
-                   help="the same probes on a model of the same shape that has learnt nothing "
-                        "(default: all but finetune)")
-    p.add_argument("--amp", action=switch, default=True, help="bfloat16 autocast, on CUDA")
-    p.add_argument("--compile", action=switch, default=False, help="torch.compile the encoder")
-    p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
-    p.add_argument("--json", metavar="FILE",
-                   help="where the numbers go (default: probes.json in the run's folder, or "
-                        "probes-PROBE.json for some of them)")
-    p.add_argument("--figures", action="store_true",
-                   help="draw the figures and report.html into the run's folder")
-    options = p.parse_args(argv)
-    options.probe = list(dict.fromkeys(options.probe or []))        # each once, in their order
-    check_options(options)
-    return options
-
-
-def check_options(options):
-    """Raises: BadInput for a number out of its bounds, with their reason, or two models."""
-    check_source(options)
-    for M in options.views or []:
-        if not 1 <= M <= MOST_VIEWS:
-            raise BadInput(f"--views {M}: M_val must be at least 1 and at most {MOST_VIEWS}, "
-                           "ten times the papers' longest")
-    if not 1 <= options.samplings <= MOST_SAMPLINGS:
-        raise BadInput(f"--samplings {options.samplings}: must be at least 1 and at most "
-                       f"{MOST_SAMPLINGS}; an epoch sees one, and the papers' longest head takes "
-                       "300 epochs")
-    if not 0 <= options.probe_epochs <= MOST_EPOCHS:
-        raise BadInput(f"--probe-epochs {options.probe_epochs}: must be at least 0, the paper's, "
-                       f"and at most {MOST_EPOCHS:,}; the papers' longest take 300")
-    if options.limit is not None and options.limit < 0:
-        raise BadInput(f"--limit {options.limit}: must be at least 0, which means all")
-
-
-def check_source(options):
-    """Raises: BadInput unless there is one thing to probe, and only flags that belong to it."""
-    if options.checkpoint is None and options.weights is None:
-        raise BadInput("required: CHECKPOINT, the last.pt of a run, or --weights FILE")
-    if options.checkpoint is not None and options.weights is not None:
-        raise BadInput("--weights: stands in the place of CHECKPOINT; leave out one of them")
-    if options.weights is not None and options.figures:
-        raise BadInput("--figures: shows a run; leave it out with --weights")
-    for name in ("mode", "encoder"):
-        if options.weights is None and getattr(options, name) is not None:
-            raise BadInput(f"--{name}: only with --weights; a run's own comes from its checkpoint")
+    return asked.parse(argv, probes=PROBES, modes=settings.MODES, encoders=("resnet18", *VITS),
+                       datasets=(*settings.DATASETS, *dense.READERS))
 
 
 def main(argv=None):
