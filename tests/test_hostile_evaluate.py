@@ -584,7 +584,7 @@ def test_damaged_weights_of_others_are_refused_or_run(zipped, copied, capsys):
     flags = ["--weights", str(run / "x.pth"), "--dataset", "folder", "--image-size", "32",
              "--data-dir", str(run.parent), "--json", str(run / "x.json")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "build_views", lambda *_: sys.exit(0))      # far enough
+        patch.setattr(evaluate, "open_data", lambda *_: sys.exit(0))        # far enough
         patch.setattr(evaluate, "refuse_unwritable", lambda *_, **__: None)
         refused = 0
         for _ in range(40):
