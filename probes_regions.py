@@ -1,7 +1,7 @@
 """What a ViT's features are worth (DSeq-JEPA Secs. 4.2, 0.A.1.3): the probes of mode `regions`.
 
-    linear     a linear head on the patch tokens of the last four blocks, averaged and joined: 4D
-               numbers per image
+    linear     a linear head on the patch tokens of the last four blocks, each under the ViT's last
+               norm, averaged and joined: 4D numbers per image
     knn        nearest neighbours of the mean patch token and of [CLS]: probes.probe_knn
     cls        a linear head on the last [CLS] alone, as the paper does for CLEVR
                (--dataset clevr-count, clevr-distance)
@@ -118,7 +118,9 @@ def pool(vit, images, fields):
     found = {}
     if "blocks" in fields:
         blocks = (4 - len(blocks)) * [blocks[0]] + blocks       # a ViT of fewer than four blocks
-        found["blocks"] = torch.cat([tokens[:, C:].float().mean(1) for tokens in blocks], dim=1)
+        # The ViT's last norm on each of them, as the authors and I-JEPA's evaluation have it.
+        means = [vit.norm(tokens)[:, C:].float().mean(1) for tokens in blocks]
+        found["blocks"] = torch.cat(means, dim=1)
     if "mean" in fields:
         found["mean"] = output[:, C:].float().mean(1)
     if "cls" in fields and C:
