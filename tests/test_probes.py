@@ -136,7 +136,8 @@ def test_features_of_the_trained_model_are_gone_before_those_of_the_untrained_co
 
     monkeypatch.setitem(evaluate.PROBES, "p", probe)
     setup = probes.Setup({}, CPU, 0, M_train=1, probes=("p",))
-    rows = evaluate.measure_both("model", "twin", setup, SimpleNamespace(measure=measure), {}, ("p",))
+    rules = SimpleNamespace(measure=measure)
+    rows = evaluate.measure_both("model", "twin", setup, rules, {}, ("p",))
     assert counts == [0, 2, 0, 2]
     assert rows[0]["value"] == rows[0]["untrained"] == 3
 
