@@ -240,12 +240,13 @@ def probed_beside(options, names):
 
 def described(options, source, data, setup, rows):
     """What is kept: the rows, and all that a reader must know of them."""
-    train, val = setup.views["train"], setup.views["val"]
+    val = setup.views["val"]
     return dict(
         checkpoint=str(source.path), step=source.step,
         weights=None if source.of_run else source.path.name,
         config=dataclasses.asdict(source.trained), device=str(setup.device),
-        dataset=data.dataset, classes=len(val.classes), n_train=len(train), n_val=len(val),
+        dataset=data.dataset, classes=len(val.classes),
+        n_train=len(setup.views["train"]), n_val=len(val),
         samplings=options.samplings, probe_epochs=options.probe_epochs, limit=data.limit,
         rows=rows, remarks=[*source.remarks, *remarks_on(setup.views, source.config)])
 

@@ -116,15 +116,8 @@ def train(net, vit, recipe, batches, setup, keep=None, what="training", data="")
                disable=not distributed.is_main())
     with bar:
         for step, batch in zip(range(first, recipe.steps), batches(first)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(recipe, step) * group["scale"]
             seed_all(setup.seed, 5, step, distributed.rank())       # of drop path and dropout
-            with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.amp):
-                loss = parallel(*batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
+            losses.append(update(parallel, batch, optimizer, rate(recipe, step), setup))
             ends = (step + 1) % recipe.epoch_steps == 0 or step + 1 == recipe.steps
             if ends or (step + 1) % LOOK_STEPS == 0:
                 bar.set_postfix(loss=f"{look(losses, net, step, what):.4f}")
@@ -133,6 +126,18 @@ def train(net, vit, recipe, batches, setup, keep=None, what="training", data="")
                 distributed.on_main(save, keep, net, optimizer, key, step + 1)
             bar.update()
     net.eval()
+
+
+def update(net, batch, optimizer, lr, setup):
+    """One step. -> the loss before it, without its graph"""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.amp):
+        loss = net(*batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def look(losses, net, step, what):
