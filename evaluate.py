@@ -16,7 +16,8 @@ Prints a table, each number beside the same probe on a randomly initialised mode
 (but for finetune, unless asked), and beside the paper's (papers.csv) where there is one; writes it
 to runs/NAME/probes.json.
 
-PROTOCOLS has one row for each mode. The probes themselves are in probes.py and probes_regions.py.
+PROTOCOLS has one row for each mode. The probes themselves are in probes.py, probes_regions.py and,
+if they train a network of their own, in dense/.
 Checked in tests/test_evaluate.py.
 """
 import csv
@@ -42,7 +43,7 @@ from dense import probes as dense
 from encoder import VITS
 from figures import regions as figures_of_regions
 from figures import sequences as figures
-from plumbing import asked, command, distributed, flags
+from plumbing import command, distributed, evaluate_flags, flags
 from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
 from plumbing.errors import BadInput, printable
@@ -190,11 +191,15 @@ def evaluate(options):
     started = time.monotonic()
     source = from_outside(options) if options.checkpoint is None else from_run(options)
     refuse_unwritable(source.result, "choose another place with --json", holds='"checkpoint"')
+    folder = source.path.parent
     if options.figures:
-        refuse_unwritable(source.path.parent / "report.html", "leave out --figures")
+        refuse_unwritable(folder / "report.html", "leave out --figures")
     device = distributed.own_device(pick_device(options.device))
     distributed.connect(device)
     names, data = choose_probes(options, source.config)
+    if set(names) & set(dense.NO_FEATURES):
+        refuse_unwritable(folder / "network.pt", f"--probe {' '.join(names)} keeps what it trains "
+                          "and draws there; copy the checkpoint to a folder of yours")
     setup = prepare(options, source, names, data, device)
     beside = probed_beside(options, names)
     model, twin = two_models(source, setup.views, device, bool(beside))
@@ -272,9 +277,10 @@ def open_data(data, device):
 def show(result):
     """Print the table, and what a reader must know of it."""
     print(table(result["rows"]))
-    print("{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
-          "{samplings} view samplings of a training sample; {seconds:.0f} s on {device}"
-          .format(**result))
+    words = "{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
+    if {row["probe"] for row in result["rows"]} - set(dense.NO_FEATURES):
+        words += "{samplings} view samplings of a training sample; "
+    print((words + "{seconds:.0f} s on {device}").format(**result))
     for remark in result["remarks"]:
         print(f"note: {remark}")
 
@@ -302,7 +308,8 @@ def measure_both(model, twin, setup, rules, paper, beside):
         setup = dataclasses.replace(setup, tag=f"{setup.tag}-untrained", probes=beside)
         others = iter(measure(twin, setup, rules))
     for row in rows:
-        row["untrained"] = next(others)["value"] if twin and row["probe"] in beside else None
+        other = next(others)["value"] if twin and row["probe"] in beside else None
+        row["untrained"] = None if row["from"] == "nothing" else other
         row["paper"] = paper.get((row["probe"], row["predicts"], row["from"]))
     return rows
 
@@ -333,7 +340,8 @@ def remarks_on(views, config):
         absent = ["rows of z_agg", *(name for name in rules.probes if name in AGGREGATE)]
         remarks.append(f"left out, for {gathers_none(config)} into z_agg: {', '.join(absent)}")
     for split, sampler in views.items():
-        if hasattr(sampler, "labels") and len(sampler.labels.unique()) == 1:
+        labels = getattr(sampler, "labels", None)       # of dense data: files, or none
+        if torch.is_tensor(labels) and len(labels.unique()) == 1:
             remarks.append(f"all {split} samples are of one class: top-1 says nothing, "
                            "whatever it is")
     return remarks
@@ -559,8 +567,9 @@ def result_path(options, path):
 
 def parse(argv=None):
     """Options from the command line."""
-    return asked.parse(argv, probes=PROBES, modes=settings.MODES, encoders=("resnet18", *VITS),
-                       datasets=(*settings.DATASETS, *dense.READERS))
+    return evaluate_flags.parse(
+        argv, probes=PROBES, modes=settings.MODES, encoders=("resnet18", *VITS),
+        datasets=(*settings.DATASETS, *dense.READERS))
 
 
 def main(argv=None):

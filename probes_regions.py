@@ -66,9 +66,6 @@ READS = {                       # fields that a probe reads, besides labels; not
     "knn": {"mean", "cls"},
     "cls": {"cls"},
     "finetune": set(),
-    "segment-linear": set(),
-    "segment": set(),
-    "detect": set(),
 }
 
 

@@ -74,11 +74,11 @@ def preset(source, quick):
     if not source.in_memory and not quick:
         epoch = max(1, samples // BATCH)
         recipe = Recipe(steps=EPOCHS * epoch, batch_size=BATCH, lr=1e-4, warmup=epoch,
-                        weight_decay=0.1, drop_path=0.1, epoch_steps=epoch)
+                        weight_decay=0.1, drop_path=0.1, save_every=epoch)
         return FULL, recipe
     steps = 300 if quick else 4000
     recipe = Recipe(steps=steps, batch_size=8, lr=1e-3, warmup=steps // 10, weight_decay=0.05,
-                    layer_decay=0.7, epoch_steps=steps // 4)
+                    layer_decay=0.7, save_every=steps // 4)
     if source.in_memory:
         return LIGHT._replace(merge=quick), recipe
     return LIGHT._replace(size=SMALL), recipe
@@ -308,7 +308,7 @@ def probe_detect(model, _train, _val, setup):
     batches = from_files(samples, recipe, setup, collate, workers)
     keep = None if setup.quick else setup.file("detect", ".pt")
     what = f"detect, {setup.tag}, {len(source):,} images"
-    train(net, net.vit, recipe, batches, setup, keep, what)
+    train(net, net.vit, recipe, batches, setup, keep, what, setup.views["train"].digest())
     found = measure(net, unseen, setup)
     if distributed.is_main() and setup.folder:
         draw(net, unseen, setup, setup.file("detect", ".png"))

@@ -90,7 +90,7 @@ def recipe_for(vit, n, epochs):
         steps, batch_size, lr=tuning.lr * batch_size / 256, lr_end=LR_END,
         warmup=steps * WARMUP_EPOCHS // EPOCHS, weight_decay=WEIGHT_DECAY,
         layer_decay=tuning.layer_decay, drop_path=tuning.drop_path,
-        epoch_steps=max(1, n // batch_size))
+        save_every=max(1, n // batch_size))
 
 
 def augmented_batches(views, recipe, seed):

@@ -46,7 +46,7 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.05
     layer_decay: float = 1.0    # of the rate, from one layer to the one below; 1: the same for all
     drop_path: float = 0.0      # of the last block; the first has none
-    epoch_steps: int = 1000     # a checkpoint every so many steps
+    save_every: int = 1000     # a checkpoint every so many steps
 
     def lasting(self, epochs, samples):
         """The same for so many passes over so many samples; the warm-up keeps its share."""
@@ -118,7 +118,7 @@ def train(net, vit, recipe, batches, setup, keep=None, what="training", data="")
         for step, batch in zip(range(first, recipe.steps), batches(first)):
             seed_all(setup.seed, 5, step, distributed.rank())       # of drop path and dropout
             losses.append(update(parallel, batch, optimizer, rate(recipe, step), setup))
-            ends = (step + 1) % recipe.epoch_steps == 0 or step + 1 == recipe.steps
+            ends = (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps
             if ends or (step + 1) % LOOK_STEPS == 0:
                 bar.set_postfix(loss=f"{look(losses, net, step, what):.4f}")
                 losses.clear()

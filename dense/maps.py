@@ -3,7 +3,7 @@
     last_map(vit, images)       of the last norm, for a linear probe
     FourMaps(vit)(images)       of four blocks, at 4, 8, 16 and 32 pixels between neighbours
 
-Images may have any size that is a multiple of the patch size. FACTS: the authors take blocks 4, 6,
+Images may have any size that is a multiple of the patch size. The authors take blocks 4, 6,
 8, 12 of 12 and rescale by 4, 2, 1, 1/2; how, they leave open. Checked in tests/test_segment.py.
 """
 import math

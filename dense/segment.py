@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dense.loop import Recipe, all_workers, from_files, shared, train
+from dense.loop import Recipe, all_workers, digest, from_files, shared, train
 from dense.maps import FourMaps, last_map, patch_size
 from dense.upernet import Linear, UPerNet, resize
 from figures.dense import draw_segmentation
@@ -47,7 +47,7 @@ class Preset(NamedTuple):
     auxiliary: int = 0          # of the FCN beside it
 
 
-# FACTS; layer decay, which is not said there, as MAE's followers (DENSE 1.2)
+# The authors' newer configuration; layer decay, which is not said there, as MAE's followers
 UPERNET = Preset(512, 341, channels=512, auxiliary=256)
 UPERNET_RECIPE = Recipe(steps=160_000, batch_size=16, lr=1e-4, warmup=1500, shape="linear",
                         weight_decay=0.05, layer_decay=0.65, drop_path=0.1)
@@ -55,7 +55,7 @@ LINEAR_RECIPE = Recipe(steps=40_000, batch_size=16, lr=1e-3, warmup=1500, weight
 # Ours: minutes on two CPU cores, for scenes and small folders
 QUICK = Preset(128, 85, channels=64, auxiliary=32)
 QUICK_UPERNET = Recipe(steps=400, batch_size=8, lr=1e-3, warmup=40, shape="linear",
-                       weight_decay=0.05, layer_decay=0.65, epoch_steps=100)
+                       weight_decay=0.05, layer_decay=0.65, save_every=100)
 QUICK_LINEAR = Recipe(steps=600, batch_size=16, lr=1e-2, warmup=0, weight_decay=1e-3)
 
 
@@ -184,7 +184,7 @@ def scaled(image, label, factor):
     """Both resized: bilinear with antialias, and nearest."""
     size = [max(1, round(side * factor)) for side in label.shape]
     return (v2.functional.resize(image, size, antialias=True),
-            v2.functional.resize(label[None], size, v2.InterpolationMode.NEAREST)[0])
+            v2.functional.resize(label[None], size, v2.InterpolationMode.NEAREST_EXACT)[0])
 
 
 def prepared(image, data):
@@ -334,7 +334,8 @@ def fit_linear(net, held, recipe, sizes, setup, merge, name):
         fit(net, vit, Crops(data, sizes.crop, merge), recipe, setup, name)
     else:
         samples = Held(held, data, merge)
-        fit(OfMaps(net.head), vit, samples, recipe, setup, name)
+        # The ViT is not in what is trained, but what is kept is of its maps.
+        fit(OfMaps(net.head), vit, samples, recipe, setup, name, digest(vit))
     net.to(setup.device).eval()
 
 
@@ -353,13 +354,15 @@ def probe_segment(model, _train, _val, setup):
     picture(net, sizes, setup, "segment")
 
 
-def fit(net, vit, samples, recipe, setup, name):
-    """loop.train; what takes minutes is not kept, it would only be in the way of the next try."""
+def fit(net, vit, samples, recipe, setup, name, frozen=""):
+    """loop.train; what takes minutes is not kept, it would only be in the way of the next try.
+
+    frozen: the digest of a ViT that is not part of `net`."""
     workers = 0 if setup.views["train"].in_memory else all_workers()
     keep = None if setup.quick else setup.file(name, ".pt")
     batches = from_files(samples, recipe, setup, default_collate, workers)
     train(net, vit, recipe, batches, setup, keep,
-          f"{name}, {setup.tag}, {len(samples):,} images")
+          f"{name}, {setup.tag}, {len(samples):,} images", setup.views["train"].digest() + frozen)
 
 
 def picture(net, sizes, setup, name):

@@ -28,7 +28,7 @@ import torch
 from plumbing.cache import in_words
 from plumbing.errors import BadInput
 
-IN_MEMORY = 6e9         # bytes: what the papers' data sets need, but for ImageNet
+IN_MEMORY = 6e9         # bytes: what the papers' data sets need, but for ImageNet and iNat21
 
 _maps = weakref.WeakSet()
 

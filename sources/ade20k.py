@@ -13,13 +13,14 @@ A label image has one number a pixel. In ADE20K 0 is nobody's, and 1 to 150 beco
 names stand in DIR/objectInfo150.txt. Who has a file DIR/classes.txt, a name a line, means by the
 numbers its lines, from 0 up. Checked in tests/test_ade20k.py.
 """
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from plumbing.errors import BadInput
-from sources.prepare import SPLIT_SEED, image_files, read_text, rgb
+from sources.prepare import SPLIT_SEED, fingerprint, image_files, read_text, rgb
 
 ADE_CLASSES = 150
 IGNORED = 255
@@ -43,6 +44,11 @@ class Pairs:
 
     def __len__(self):
         return len(self.images)
+
+    def digest(self):
+        """A text that tells these files from others."""
+        files = [*self.images, *self.labels]
+        return fingerprint(files, Path(os.path.commonpath(files)))
 
     def labelled(self, index):
         """image uint8 (3, H, W), label uint8 (H, W). Raises: BadInput, naming the file."""

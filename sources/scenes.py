@@ -27,6 +27,7 @@ from sources.coco import Objects, enclosing
 
 SEED = 1                        # solids themselves have 0: what is pasted, no run was trained on
 SCENES = 2000                   # for training, without --limit; a quarter as many for val
+DIGESTED = 64                   # scenes that tell a split from another
 SMALLEST_SIDE = 128             # pixels
 MOST_OBJECTS = 4
 SIDES = (0.4, 0.75)             # of an object's square, in scenes
@@ -54,6 +55,11 @@ class Scenes:
         instance = (code + BLOCK - 1) // BLOCK
         classes = (code.unique()[-int(instance.max()):] - 1) % BLOCK
         return image, instance, classes.long()
+
+    def digest(self):
+        """A text that tells these scenes from others: of some of them."""
+        some = np.linspace(0, len(self) - 1, min(DIGESTED, len(self))).astype(int)
+        return hashlib.sha256(self.array[some].tobytes()).hexdigest()
 
     def labelled(self, index):
         """image uint8 (3, S, S), label uint8 (S, S)"""

@@ -19,7 +19,7 @@ from probes import Setup
 
 SETUP = Setup({}, torch.device("cpu"), 3, 1)
 RECIPE = Recipe(steps=6, batch_size=4, lr=1e-2, warmup=2, layer_decay=0.5, drop_path=0.3,
-                epoch_steps=2)
+                save_every=2)
 
 
 class Net(nn.Module):

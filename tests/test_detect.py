@@ -170,7 +170,7 @@ def test_presets():
     sizes, recipe = detect.preset(data, quick=False)
     assert sizes == detect.FULL and not sizes.light and not sizes.merge
     assert recipe.batch_size == 16 and recipe.epochs(len(data)) == 25
-    assert recipe.warmup == recipe.epoch_steps == 117_266 // 16
+    assert recipe.warmup == recipe.save_every == 117_266 // 16
     assert (recipe.lr, recipe.lr_end, recipe.shape) == (1e-4, 0, "cosine")
     assert (recipe.weight_decay, recipe.drop_path, recipe.layer_decay) == (0.1, 0.1, 1.0)
     for in_memory, quick, merge in ((False, True, False), (True, True, True), (True, False, False)):

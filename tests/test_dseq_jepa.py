@@ -318,7 +318,7 @@ def test_saliency_is_the_similarity_to_cls_at_block_l(make_config):
 
 
 def test_an_image_with_one_region_teaches_the_encoder(make_config):
-    """FACTS of the authors' code: there the prediction ignores the image and the encoder gets no
+    """In the authors' code the prediction ignores the image and the encoder gets no
     gradient."""
     ranks = torch.full((1, P), N)
     ranks[0, :5] = 1

@@ -70,7 +70,7 @@ def test_the_recipe_on_imagenet_by_hand():
     vit.dim = 768
     recipe = recipe_for(vit, 1_281_167, 50)
     assert recipe.batch_size == 512 and recipe.steps == 50 * 1_281_167 // 512 == 125_113
-    assert recipe.warmup == 12_511 and recipe.epoch_steps == 2502 and recipe.lr == 1e-3
+    assert recipe.warmup == 12_511 and recipe.save_every == 2502 and recipe.lr == 1e-3
     assert loop.rate(recipe, 0) < 1e-7 and loop.rate(recipe, 12_510) == 1e-3
     assert loop.rate(recipe, 125_112) == pytest.approx(1e-6, abs=1e-11)
     middle = (12_511 + 125_113) // 2

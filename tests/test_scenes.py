@@ -58,7 +58,7 @@ def test_objects_are_as_large_as_promised_and_background_has_no_edges(block):
         # parts thinner than half a pixel are shown and not labelled
         assert (step[floor[:, 1:] & floor[:, :-1]] > 16).float().mean() < 0.01
     covered = (block[:, 3] > 0).mean()
-    assert 0.1 < covered < 0.3                      # DENSE: 80 % background
+    assert 0.1 < covered < 0.3                      # about 80 % background
 
 
 def test_no_object_hides_more_than_three_quarters_of_another():

@@ -1,5 +1,6 @@
 """Segmentation: scores against scikit-learn, windows, crops, heads, a probe from end to end."""
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from dense.segment import Crops, Preset, Segmenter
 from dense.upernet import Linear, UPerNet
 from encoder import ViT
 from plumbing import distributed
+from plumbing.errors import BadInput
 from probes import Setup
+from sources import scenes
 
 
 class Data:
@@ -31,6 +34,9 @@ class Data:
 
     def __len__(self):
         return self.n
+
+    def digest(self):
+        return f"{self.n} of {self.shape}"
 
     def __getitem__(self, index):
         return self.labelled(index)
@@ -282,3 +288,29 @@ def test_two_processes_score_each_image_once(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert torch.equal(*ranks) and ranks[0].sum() == 5 * 32 * 32
     assert torch.equal(ranks[0], segment.score(Fixed(), Data(n=5), Preset(32, 21), setup()))
+
+
+# ---------------------------------------------------------------- what is kept
+
+def test_a_head_that_was_kept_is_of_these_maps_and_these_images(tmp_path):
+    """A frozen ViT is not among the trained weights: another's head must not be taken for its
+    own."""
+    data = scenes.Scenes(np.zeros((4, 4, 128, 128), dtype=np.uint8))
+    recipe = segment.QUICK_LINEAR._replace(steps=1, batch_size=2)
+    setup = Setup({"train": data}, torch.device("cpu"), 0, 1, folder=tmp_path, tag="scenes")
+    held = torch.zeros(4, 128, 16, 16)
+
+    def fit(seed, data):
+        torch.manual_seed(seed)
+        vit = ViT("vit-nano", image_size=64, patch_size=8)
+        torch.manual_seed(0)
+        net = segment.Segmenter(segment.Frozen(vit), segment.Linear(vit.dim, 17))
+        own = dataclasses.replace(setup, views={"train": data})
+        segment.fit_linear(net, held, recipe, segment.QUICK, own, False, "segment-linear")
+
+    fit(1, data)
+    fit(1, data)
+    with pytest.raises(BadInput, match="other weights"):
+        fit(2, data)
+    with pytest.raises(BadInput, match="other images"):
+        fit(1, scenes.Scenes(np.ones((4, 4, 128, 128), dtype=np.uint8)))
