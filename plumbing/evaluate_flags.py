@@ -65,11 +65,13 @@ def add_data(p, datasets):
     p.add_argument("--limit", type=int, metavar="N", help="use N images or objects of each split")
     p.add_argument("--dataset", choices=datasets,
                    help="probe on another data set: with --probe transfer, or any probe of mode "
-                        "regions; dense probes need one of their own")
+                        "regions; dense probes need one of their own, --weights any")
     p.add_argument("--image-size", type=int, metavar="N",
-                   help="with --probe transfer: its image size (default: its preset's)")
+                   help="with --probe transfer: its image size (default: its preset's); with "
+                        "--weights: the ViT's, where the file does not tell")
     p.add_argument("--patch-size", type=int, metavar="N",
-                   help="with --probe transfer: its patch size (default: the run's)")
+                   help="with --probe transfer: its patch size (default: the run's); with "
+                        "--weights: the ViT's, where the file does not tell")
     p.add_argument("--saliency", metavar="S",
                    help="with --probe transfer: its saliency maps, as train.py's --saliency "
                         "(default: the run's)")
@@ -83,7 +85,8 @@ def add_rest(p):
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--json", metavar="FILE",
                    help="where the numbers go (default: probes.json in the run's folder, or "
-                        "probes-PROBE.json for some of them)")
+                        "probes-PROBE-DATASET.json for some of them; with --weights beside "
+                        "FILE)")
     p.add_argument("--figures", action="store_true",
                    help="draw the figures and report.html into the run's folder")
 
