@@ -76,6 +76,7 @@ class DummyModel(nn.Module):
     def __init__(self, D):
         super().__init__()
         self.encoder = nn.Linear(12, D)
+        self.norm = nn.Identity()
 
     @property
     def representation(self):
