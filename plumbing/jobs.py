@@ -1,7 +1,8 @@
 """Commands side by side: some processes at once, a log file each, one progress bar for all.
 
 Several processes of one thread use a CPU's cores better than one process with several threads
-(docs/claims.md has the measurement). Nothing in here is about JEPA. Checked in tests/test_jobs.py.
+(results/README.md, "Speed", has the measurement). Nothing in here is about JEPA. Checked in
+tests/test_jobs.py.
 """
 import contextlib
 import os

@@ -46,7 +46,7 @@ SEQ_JEPA = {"encoder.": "encoder.",
             "transformer_encoder.norm.": "aggregator.transformer.norm.",
             "predictor.": "predictor.mlp."}
 # How many numbers their action map reads -> mode, and what the model is told. Units and order of
-# these numbers are ours: docs/evaluation.md says why.
+# these numbers are ours: docs/weights.md says why.
 ACTIONS = {2: ("saccade", "position"),
            4: ("rotation", "rotation"),
            6: ("rotation", "rotation+color")}

@@ -10,8 +10,8 @@ from encoder import Block, ResNet18, ViT
 
 
 def torchvision_twin(encoder):
-    """torchvision's ResNet-18 without classifier, with our weights, as README tells users to load
-    encoder.pt."""
+    """torchvision's ResNet-18 without classifier, with our weights, as docs/weights.md tells users
+    to load encoder.pt."""
     twin = torchvision.models.resnet18()
     twin.fc = nn.Identity()
     twin.load_state_dict(encoder.state_dict(), strict=True)

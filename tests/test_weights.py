@@ -1,5 +1,5 @@
 """Weights from outside, in the layouts of other repositories, give what their own code computes.
-And encoder.pt goes out again, by the very lines that docs/running.md prints.
+And encoder.pt goes out again, by the very lines that docs/weights.md prints.
 
 Files are written here with the names, shapes and wrappers of the released code. ViTs are compared
 with torchvision's, seq-JEPA with a model of the authors' names made of torchvision and torch.nn."""
@@ -492,8 +492,8 @@ def test_an_encoder_alone_says_what_is_left_out(photos, tmp_path, capsys):
 # ---------------------------------------------------------------- out again, by the docs' lines
 
 def printed(mark):
-    """The block of Python in docs/running.md that has these words in it."""
-    text = (ROOT / "docs" / "running.md").read_text()
+    """The block of Python in docs/weights.md that has these words in it."""
+    text = (ROOT / "docs" / "weights.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found, = [block for block in blocks if mark in block]
     return found
