@@ -108,7 +108,7 @@ def test_small_sets_have_small_batches(monkeypatch, n, ranks, batch_size, steps)
 
 def test_mixed_targets_by_hand(setting, monkeypatch):
     """Flat images of two colours: how much of which is in an image says what its target is."""
-    monkeypatch.setattr(finetune, "augment", lambda images, mean, std: images)
+    monkeypatch.setattr(finetune, "augment", lambda images, mean, std, operation: images)
     _, views = setting(classes=["a", "b"])
     views = views["train"]
     labels = torch.arange(20) % 2
@@ -152,7 +152,7 @@ def test_augmented_pixels_stay_near_the_range_of_pixels(setting):
     torch.manual_seed(0)
     images = views.augmented(torch.arange(64))
     before = images.clone()
-    out = finetune.augment(images, views.mean, views.std)
+    out = finetune.augment(images, views.mean, views.std, finetune.rand_augment(views.mean))
     assert torch.equal(images, before) and out.shape == images.shape
     pixels = out * views.std.view(3, 1, 1) + views.mean.view(3, 1, 1)
     inside = ((pixels > -1e-4) & (pixels < 1 + 1e-4)).flatten(1).all(1)
@@ -182,7 +182,7 @@ def test_top1_is_counted_by_hand_and_by_two_ranks(setting, monkeypatch):
 
 def test_it_learns_and_leaves_the_model_alone(setting, monkeypatch):
     """Two classes of flat images, told apart by their brightness alone."""
-    monkeypatch.setattr(finetune, "augment", lambda images, mean, std: images)
+    monkeypatch.setattr(finetune, "augment", lambda images, mean, std, operation: images)
     monkeypatch.setattr(finetune, "BATCH_SIZE", 16)
     model, views = setting(n=32)
     views["train"].images.parts[0][0::2] //= 2
