@@ -1,6 +1,6 @@
 """Hand-crafted augmentations as actions (seq-JEPA Sec. 2.3, A.1).
 
-    sample(n, image_size, recipe, device)     -> Params, one row per view
+    sample(n, image_size, ranges, device)     -> Params, one row per view
     apply(images (n, 3, H, W), params, size)  -> views (n, 3, size, size), float in [0, 1]
     parameters(params, image_size)            -> (n, 9), the view's own parameters
 
@@ -16,7 +16,7 @@ Agrees with torchvision.transforms.v2.functional image by image on float images.
 torchvision rounds after every operation; we convert to float once and only clamp where it clamps.
 With TF32 matrix products switched on, crop and blur are only as exact as its 10 bits (1e-3).
 
-The recipe is EquiMod's (Devillers & Lefort 2022).
+Ranges are EquiMod's (Devillers & Lefort 2022).
 Differs from the authors' code: a parameter is divided by a fixed constant (crop by the image size,
 jitter by its half-range, sigma by its maximum), not normalised over the views of a sequence, so
 that an action depends on nothing but its own two views.
@@ -38,8 +38,8 @@ NAMES = ("crop y", "crop x", "crop h", "crop w",
 GROUPS = {"crop": slice(0, 4), "jitter": slice(4, 8), "blur": slice(8, 9)}
 
 
-class Recipe(NamedTuple):
-    """Ranges, and the probability with which a view gets each operation. Defaults: EquiMod's."""
+class Ranges(NamedTuple):
+    """Of what is drawn, and how probable each operation is. Defaults: EquiMod's."""
     scale: tuple = (0.2, 1.0)       # crop area / image area
     ratio: tuple = (3 / 4, 4 / 3)   # crop width / crop height
     flip: float = 0.5
@@ -51,8 +51,8 @@ class Recipe(NamedTuple):
     solarise: float = 0.0
 
 
-CONTEXT = Recipe()
-TARGET = Recipe(blur=0.1, solarise=0.2)
+CONTEXT = Ranges()
+TARGET = Ranges(blur=0.1, solarise=0.2)
 
 
 class Params(NamedTuple):
@@ -66,7 +66,7 @@ class Params(NamedTuple):
     solarise: torch.Tensor  # (B,) bool
 
 
-def sample(n, image_size, recipe=CONTEXT, device="cpu", generator=None):
+def sample(n, image_size, ranges=CONTEXT, device="cpu", generator=None):
     """Draw the Params of n views of images of size (H, W), or H = W given as one int.
 
     H and W may be float tensors (n, 1): then every image has its own size."""
@@ -76,36 +76,36 @@ def sample(n, image_size, recipe=CONTEXT, device="cpu", generator=None):
     def chance(probability):
         return uniform(0, 1) < probability
 
-    jittered = chance(recipe.jitter)
+    jittered = chance(ranges.jitter)
     jitter = [identity + torch.where(jittered, uniform(-half, half), 0.0)
-              for identity, half in zip(IDENTITY, recipe.half_range)]
-    return Params(crop=_sample_crop(image_size, recipe, uniform),
-                  flip=chance(recipe.flip),
+              for identity, half in zip(IDENTITY, ranges.half_range)]
+    return Params(crop=_sample_crop(image_size, ranges, uniform),
+                  flip=chance(ranges.flip),
                   jitter=torch.stack(jitter, 1),
                   order=uniform(0, 1, 4).argsort(1),
-                  grey=chance(recipe.grey),
-                  sigma=torch.where(chance(recipe.blur), uniform(*recipe.sigma), 0.0),
-                  solarise=chance(recipe.solarise))
+                  grey=chance(ranges.grey),
+                  sigma=torch.where(chance(ranges.blur), uniform(*ranges.sigma), 0.0),
+                  solarise=chance(ranges.solarise))
 
 
-def _sample_crop(image_size, recipe, uniform, tries=10):
+def _sample_crop(image_size, ranges, uniform, tries=10):
     """(n, 4) crops as torchvision's RandomResizedCrop.get_params draws them.
 
     The first of ten random shapes that fits into the image, else the largest central crop of an
     allowed ratio."""
     H, W = _height_width(image_size)
-    share = uniform(*recipe.scale, tries)
+    share = uniform(*ranges.scale, tries)
     H = H * torch.ones_like(share[:, :1])                                   # (n, 1)
     W = W * torch.ones_like(share[:, :1])
     area = H * W * share
-    ratio = uniform(*map(math.log, recipe.ratio), tries).exp()
+    ratio = uniform(*map(math.log, ranges.ratio), tries).exp()
     height = (area / ratio).sqrt().round()
     width = (area * ratio).sqrt().round()
     fits = (height > 0) & (height <= H) & (width > 0) & (width <= W)
     first = fits.int().argmax(1, keepdim=True)
     found = fits.any(1, keepdim=True)
-    tallest = torch.minimum(H, (W / recipe.ratio[0]).round())
-    widest = torch.minimum(W, (H * recipe.ratio[1]).round())
+    tallest = torch.minimum(H, (W / ranges.ratio[0]).round())
+    widest = torch.minimum(W, (H * ranges.ratio[1]).round())
     height = torch.where(found, height.gather(1, first), tallest)
     width = torch.where(found, width.gather(1, first), widest)
 
@@ -326,7 +326,7 @@ def solarise(images, solarised):
 class Augmentations(Views):
     """Mode `augment`: sample indices -> Batch of augmented versions of the same image.
 
-    M observed views by the recipe CONTEXT, the one to predict by TARGET.
+    M observed views from the ranges CONTEXT, the one to predict from TARGET.
     split: images.Split; renders of one object count as separate images.
     actions (B, M, 9): differences of parameters().  params (B, M+1, 9): parameters()."""
 
@@ -340,8 +340,8 @@ class Augmentations(Views):
         images = self.images[index].float().div_(255)
         views = []
         params = []
-        for recipe in [CONTEXT] * M + [TARGET]:     # a view at a time fits a CPU's caches
-            drawn = sample(len(index), self.image_size, recipe, self.device)
+        for ranges in [CONTEXT] * M + [TARGET]:     # a view at a time fits a CPU's caches
+            drawn = sample(len(index), self.image_size, ranges, self.device)
             views.append(self.to_views(images, drawn))
             params.append(parameters(drawn, self.image_size))
         params = torch.stack(params, dim=1)

@@ -41,7 +41,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from augmentations import Recipe, resized_crop_flip, resized_middle, sample
+from augmentations import Ranges, resized_crop_flip, resized_middle, sample
 from images import DIGESTED, Batch, Views
 
 RULES = ("otsu", "otsu-refill")
@@ -57,7 +57,7 @@ CONTEXT_ASPECT = (1.0, 1.0)
 TRIES = 32                      # placements drawn at once, of which the best is used
 # What the linear probe and fine-tuning train on: crops of 0.08 to 1, torchvision's default, flipped
 # or not.
-LABELLED = Recipe(scale=(0.08, 1.0), flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
+LABELLED = Ranges(scale=(0.08, 1.0), flip=0.5, jitter=0.0, grey=0.0, blur=0.0)
 
 TEST_SIDE = 256 / 224           # shorter side of a picture in testing, over that of its middle
 
@@ -436,7 +436,7 @@ class Crops(Views):
         super().__init__(split, config, device)
         side = config.image_size // config.patch_size
         self.grid = (side, side)
-        self.recipe = Recipe(scale=(config.crop_scale, 1.0),
+        self.ranges = Ranges(scale=(config.crop_scale, 1.0),
                              flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
         self.as_i_jepa = config.method in ("i-jepa", "c-jepa")
         self.N = config.region_count
@@ -446,7 +446,7 @@ class Crops(Views):
     def __call__(self, index, M=0):
         """index (B,) int64 on the CPU -> Batch.  M: not used, an image is one view."""
         B = len(index)
-        crops = self.crops(index, self.recipe)
+        crops = self.crops(index, self.ranges)
         blocks = self.random_blocks(B)
         coin = torch.rand(B, 1, device=self.device)
         return Batch(crops[:, None], blocks, coin, self.labels_of(index))
@@ -457,9 +457,9 @@ class Crops(Views):
         Of 0.08 to 1 of its area, flipped or not, fresh in every call. `clean` is for testing."""
         return self.crops(index, LABELLED)
 
-    def crops(self, index, recipe):
-        """One random crop of each image, by the recipe: (B, 3, S, S), normalised."""
-        drawn = sample(len(index), self.image_size, recipe, self.device)
+    def crops(self, index, ranges):
+        """One random crop of each image, from these ranges: (B, 3, S, S), normalised."""
+        drawn = sample(len(index), self.image_size, ranges, self.device)
         return self.to_views(self.images[index], drawn.crop, drawn.flip)
 
     def random_blocks(self, B):
@@ -488,23 +488,23 @@ class PictureCrops(Crops):
     to read no more than the crop. To test, a picture is resized to 8/7 S on its shorter side, 256
     pixels where S is 224, and the middle is cut out."""
 
-    def crops(self, index, recipe):
-        """One random crop of each picture, by the recipe: (B, 3, S, S), normalised."""
-        drawn, boxes = self.draw(index, recipe)
+    def crops(self, index, ranges):
+        """One random crop of each picture, from these ranges: (B, 3, S, S), normalised."""
+        drawn, boxes = self.draw(index, ranges)
         place = drawn.crop * torch.tensor([0, 0, 1, 1])         # a box lies in the upper left
         place = torch.cat([place, drawn.flip[:, None]], dim=1)
         place = place.to(self.device, non_blocking=True)
         return self.to_views(self.images[boxes], place[:, :4], place[:, 4].bool())
 
-    def draw(self, index, recipe):
+    def draw(self, index, ranges):
         """Params of random crops, on the CPU, and the boxes (B, 5) to read for them."""
         height, width = self.images.sizes[index].float().split(1, dim=1)
-        drawn = sample(len(index), (height, width), recipe)
+        drawn = sample(len(index), (height, width), ranges)
         return drawn, torch.cat([index[:, None], drawn.crop.long()], dim=1)
 
     def prefetch(self, index, M=0):
         """Say that self(index) comes soon."""
-        _, boxes = self.draw(index, self.recipe)
+        _, boxes = self.draw(index, self.ranges)
         self.images.prefetch(boxes)
 
     def clean(self, index):

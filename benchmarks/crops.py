@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from augmentations import Recipe, resized_crop_flip, sample
+from augmentations import Ranges, resized_crop_flip, sample
 from benchmarks.flops import blurred_noise
 from images import Part, Pictures, canvas_side
 from sources import prepare
@@ -22,7 +22,7 @@ SIZE = 224
 SIDES = (256, 320, 384)         # shorter sides that pictures might be kept at
 IMAGENET = 1_281_167            # training images
 WANTED = 2500                   # images/s that a GPU might take
-CROPS = Recipe(scale=(0.3, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
+CROPS = Ranges(scale=(0.3, 1.0), flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
 
 
 def photographs(options, folder):

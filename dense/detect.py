@@ -39,7 +39,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from dense import average_precision as ap
-from dense.loop import Recipe, all_workers, from_files, shared, train
+from dense.loop import Recipe, from_files, shared, train
 from dense.maps import FourMaps, patch_size
 from figures.canvas import spread
 from figures.dense_boxes import Shown, draw_detections, sure
@@ -304,11 +304,8 @@ def probe_detect(model, _train, _val, setup):
     seed_all(setup.seed)
     net = Detector(model.representation, len(source.classes), source.mean, source.std, sizes)
     samples = Training(source, net.size, sizes.scales, source.mean)
-    workers = 0 if source.in_memory else all_workers()
-    batches = from_files(samples, recipe, setup, collate, workers)
-    keep = None if setup.quick else setup.file("detect", ".pt")
-    what = f"detect, {setup.tag}, {len(source):,} images"
-    train(net, net.vit, recipe, batches, setup, keep, what, setup.views["train"].digest())
+    batches = from_files(samples, recipe, setup, collate)
+    train(net, net.vit, recipe, batches, setup, "detect")
     found = measure(net, unseen, setup)
     if distributed.is_main() and setup.folder:
         draw(net, unseen, setup, setup.file("detect", ".png"))

@@ -2,13 +2,13 @@
 fine-tuning (DSeq-JEPA Table 2, 0.A.1.3).
 
     batches = from_files(samples, recipe, setup, collate)       first step -> batches from there on
-    train(net, vit, recipe, batches, setup, keep)               net(*batch) -> loss, a scalar
+    train(net, vit, recipe, batches, setup, name)               net(*batch) -> loss, a scalar
 
 It differs from pre-training (train.py) in what such recipes have: rates that fall with a layer's
 depth, a warm-up and one fall of the rate, stochastic depth, no target encoder. Under torchrun each
-rank has its share of every batch. The checkpoint `keep` is written after each epoch and a run goes
-on from it exactly: what a step sees depends on (seed, step, rank) alone, and a sample's crop on
-(seed, epoch, index), whoever draws it.
+rank has its share of every batch. Training goes on exactly where its last checkpoint was written:
+what a step sees depends on (seed, step, rank) alone, and a sample's crop on (seed, epoch, index),
+whoever draws it.
 Checked in tests/test_dense_loop.py.
 """
 import hashlib
@@ -46,7 +46,7 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.05
     layer_decay: float = 1.0    # of the rate, from one layer to the one below; 1: the same for all
     drop_path: float = 0.0      # of the last block; the first has none
-    save_every: int = 1000     # a checkpoint every so many steps
+    save_every: int = 1000      # a checkpoint every so many steps
 
     def lasting(self, epochs, samples):
         """The same for so many passes over so many samples; the warm-up keeps its share."""
@@ -92,18 +92,20 @@ def parameter_groups(net, vit, recipe):
 
 # ---------------------------------------------------------------- the loop
 
-def train(net, vit, recipe, batches, setup, keep=None, what="training", data=""):
+def train(net, vit, recipe, batches, setup, name):
     """Train `net`, in place, and leave it under eval().
 
     net: net(*batch) is the mean loss of this rank's samples, a scalar.  vit: the ViT within it.
     batches: first step -> iterator over this rank's batches, tuples on the device.
-    setup: probes.Setup.  keep: path of the checkpoint, or None.  what: words for the bar.
-    data: a text that tells the images from others.
-    Raises: BadInput if the loss or the weights are not finite, or `keep` is another training's."""
+    setup: probes.Setup.  name: the probe's; its checkpoint is setup.file(name, ".pt"), but of
+    --quick, which takes minutes, none: it would only be in the way of the next try.
+    Raises: BadInput if loss or weights are not finite, or the checkpoint is another training's."""
     if recipe.batch_size % distributed.world_size():
         raise BadInput(f"--nproc-per-node: batches of {recipe.batch_size} cannot be split evenly "
                        f"over {distributed.world_size()} processes; start a number that divides it")
-    key = [what, data, setup.seed, *recipe, digest(net)]
+    keep = None if setup.quick else setup.file(name, ".pt")
+    what = f"{name}, {setup.tag}"
+    key = [name, setup.views["train"].digest(), setup.seed, *recipe, digest(net)]
     net = distributed.globalise_batchnorm(place(net, setup.device)).train()
     vit.drop_paths(recipe.drop_path)
     optimizer = torch.optim.AdamW(parameter_groups(net, vit, recipe), lr=recipe.lr, betas=BETAS)
@@ -112,32 +114,27 @@ def train(net, vit, recipe, batches, setup, keep=None, what="training", data="")
         raise BadInput(f"{keep}: not all nodes see it; give them one folder of runs")
     parallel = distributed.data_parallel(net)
     losses = []
-    bar = tqdm(total=recipe.steps, initial=first, desc=what, leave=False,
-               disable=not distributed.is_main())
-    with bar:
+    with tqdm(total=recipe.steps, initial=first, desc=what, leave=False,
+              disable=not distributed.is_main()) as bar:
         for step, batch in zip(range(first, recipe.steps), batches(first)):
             seed_all(setup.seed, 5, step, distributed.rank())       # of drop path and dropout
-            losses.append(update(parallel, batch, optimizer, rate(recipe, step), setup))
-            ends = (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps
-            if ends or (step + 1) % LOOK_STEPS == 0:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(recipe, step) * group["scale"]
+            with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.amp):
+                loss = parallel(*batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            done = step + 1
+            saves = done % recipe.save_every == 0 or done == recipe.steps
+            if saves or done % LOOK_STEPS == 0:
                 bar.set_postfix(loss=f"{look(losses, net, step, what):.4f}")
                 losses.clear()
-            if ends and keep is not None:
-                distributed.on_main(save, keep, net, optimizer, key, step + 1)
+            if saves and keep:
+                distributed.on_main(save, keep, net, optimizer, key, done)
             bar.update()
     net.eval()
-
-
-def update(net, batch, optimizer, lr, setup):
-    """One step. -> the loss before it, without its graph"""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.amp):
-        loss = net(*batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 def look(losses, net, step, what):
@@ -172,7 +169,7 @@ def save(keep, net, optimizer, key, step):
 
 def resume(net, optimizer, key, keep):
     """Fill in what `keep` holds, if it exists.  -> steps done"""
-    if keep is None or not keep.exists():
+    if not keep or not keep.exists():
         return 0
     try:
         saved = torch.load(keep, map_location="cpu", weights_only=True)
@@ -227,11 +224,14 @@ def chosen(n, batch_size, seed, step):
     return found
 
 
-def from_files(samples, recipe, setup, collate, workers=0):
-    """`batches` of `train` from anything with a length and samples[i].
+def from_files(samples, recipe, setup, collate):
+    """`batches` of `train` from anything with a length and samples[i] of setup.views["train"].
 
-    collate: list of samples -> batch, a tuple.  workers: processes that read; 0: this one, for
-    what lies in memory."""
+    collate: list of samples -> batch, a tuple.  Files are read by as many processes as this rank's
+    share of the cores, what lies in memory by this one."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = 0 if setup.views["train"].in_memory else max(1, (os.cpu_count() or 1) // ranks)
+
     def batches(first):
         indices = (chosen(len(samples), recipe.batch_size, setup.seed, step)
                    for step in range(first, recipe.steps))
@@ -251,12 +251,6 @@ def _collated(collate, drawn):
     """A batch, or the first error among what was drawn."""
     errors = [sample for sample in drawn if isinstance(sample, BadInput)]
     return errors[0] if errors else collate(drawn)
-
-
-def all_workers():
-    """As many processes as this rank's share of the cores."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, (os.cpu_count() or 1) // ranks)
 
 
 def on_device(value, device):

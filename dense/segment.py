@@ -6,10 +6,11 @@
 
 A network gives logits (B, C, h, w), coarser than its images, which are upsampled bilinearly. Images
 larger than the crop are seen through windows that overlap by a third. Every score stands beside
-that of naming the commonest label everywhere, and scenes also tell objects from background.
+that of naming the commonest label everywhere; where label 0 is "background", as in scenes, another
+row tells it from all the rest.
 
-UPERNET and its recipe are the authors' configuration; what they leave open is MAE's or ours: see
-docs/dense.md. Checked in tests/test_segment.py.
+The recipes are the authors' configuration; what they leave open is MAE's or ours: docs/dense.md.
+Checked in tests/test_segment.py.
 """
 import copy
 from typing import NamedTuple
@@ -18,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dense.loop import Recipe, all_workers, digest, from_files, shared, train
+from dense.loop import Recipe, from_files, shared, train
 from dense.maps import FourMaps, last_map, patch_size
 from dense.upernet import Linear, UPerNet, resize
+from figures.canvas import spread
 from figures.dense import draw_segmentation
 from images import normalise
 from plumbing import distributed
@@ -36,32 +39,36 @@ COMMONEST = 0.75                # the most of a crop that one class may take ...
 TRIES = 10                      # ... or it is drawn again, so many times
 AUXILIARY = 0.4                 # weight of the loss beside it
 PICTURES = 8                    # of validation images, in the figure
-HELD_BYTES = 2e9                # of frozen tokens, at most; more are made anew at each step
 
 
 class Preset(NamedTuple):
-    """Besides the Recipe: how large things are."""
+    """How large things are."""
     crop: int                   # pixels, of a training crop and of a window
     stride: int                 # pixels between windows
-    channels: int = 0           # of UPerNet
-    auxiliary: int = 0          # of the FCN beside it
+    channels: int               # of UPerNet
+    auxiliary: int              # of the FCN beside it
 
 
 # The authors' newer configuration; layer decay, which is not said there, as MAE's followers
-UPERNET = Preset(512, 341, channels=512, auxiliary=256)
-UPERNET_RECIPE = Recipe(steps=160_000, batch_size=16, lr=1e-4, warmup=1500, shape="linear",
-                        weight_decay=0.05, layer_decay=0.65, drop_path=0.1)
-LINEAR_RECIPE = Recipe(steps=40_000, batch_size=16, lr=1e-3, warmup=1500, weight_decay=1e-3)
+FULL = Preset(512, 341, channels=512, auxiliary=256)
+FULL_RECIPES = {
+    "segment": Recipe(steps=160_000, batch_size=16, lr=1e-4, warmup=1500, shape="linear",
+                      weight_decay=0.05, layer_decay=0.65, drop_path=0.1),
+    "segment-linear": Recipe(steps=40_000, batch_size=16, lr=1e-3, warmup=1500, weight_decay=1e-3),
+}
 # Ours: minutes on two CPU cores, for scenes and small folders
 QUICK = Preset(128, 85, channels=64, auxiliary=32)
-QUICK_UPERNET = Recipe(steps=400, batch_size=8, lr=1e-3, warmup=40, shape="linear",
-                       weight_decay=0.05, layer_decay=0.65, save_every=100)
-QUICK_LINEAR = Recipe(steps=600, batch_size=16, lr=1e-2, warmup=0, weight_decay=1e-3)
+QUICK_RECIPES = {
+    "segment": Recipe(steps=400, batch_size=8, lr=1e-3, warmup=40, shape="linear",
+                      weight_decay=0.05, layer_decay=0.65),
+    "segment-linear": Recipe(steps=400, batch_size=16, lr=1e-2, weight_decay=1e-3),
+}
 
 
-def preset(data, vit, full, quick, setup):
-    """(Preset, Recipe) for this data and ViT: `full` = (Preset, Recipe), `quick` its small twin."""
-    sizes, recipe = quick if setup.quick else full
+def preset(name, data, vit, setup):
+    """(Preset, Recipe) of a probe for this data and ViT."""
+    sizes, recipes = (QUICK, QUICK_RECIPES) if setup.quick else (FULL, FULL_RECIPES)
+    recipe = recipes[name]
     if data.in_memory:                          # scenes have one size, and are seen whole
         side = data[0][0].shape[1]
         sizes = sizes._replace(crop=side, stride=side)
@@ -75,7 +82,7 @@ def preset(data, vit, full, quick, setup):
 # ---------------------------------------------------------------- the networks
 
 class Segmenter(nn.Module):
-    """A ViT, its maps and a head.
+    """Maps of a ViT and a head on them.
 
     scores(images (B, 3, H, W)) -> logits (B, C, H, W)
     forward(images, labels (B, H, W)) -> loss"""
@@ -104,15 +111,15 @@ class Frozen(nn.Module):
         return last_map(self.vit, images)
 
 
-class OfMaps(nn.Module):
-    """A head on maps that are there already: forward(maps, labels) -> loss."""
+def linear(vit, classes, sizes):
+    """The network of `segment-linear`."""
+    return Segmenter(Frozen(vit), Linear(vit.dim, classes))
 
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
 
-    def forward(self, maps, labels):
-        return loss_of(self.head(maps), labels)
+def upernet(vit, classes, sizes):
+    """The network of `segment`."""
+    vit.requires_grad_(True)
+    return Segmenter(FourMaps(vit), UPerNet(vit.dim, classes, sizes.channels, sizes.auxiliary))
 
 
 def loss_of(logits, labels):
@@ -134,44 +141,38 @@ class Crops:
 
     Resized by 0.5 to 2 of what fits (4 crop, crop), cropped so that no class takes more than three
     quarters of it if that is found in ten tries, mirrored, its colours changed (as MMSegmentation).
-    Smaller images are padded: with the mean colour, and ignored.  merge: objects are label 1."""
+    Smaller images are padded: with the mean colour, and ignored."""
 
-    def __init__(self, data, crop, merge=False):
+    def __init__(self, data, crop):
         self.data = data
-        self.crop = crop
-        self.merge = merge
+        self.side = crop
+        mean = [round(255 * channel) for channel in data.mean]
+        fill = {tv_tensors.Image: mean, tv_tensors.Mask: IGNORED}
+        self.crop = v2.RandomCrop(crop, pad_if_needed=True, fill=fill)
         some = [v2.ColorJitter(brightness=0.125), v2.ColorJitter(contrast=0.5),
                 v2.ColorJitter(saturation=0.5), v2.ColorJitter(hue=0.1)]
         self.distort = v2.Compose([v2.RandomApply([change], p=0.5) for change in some])
+        self.mirror = v2.RandomHorizontalFlip()
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, index):
         image, label = self.data.labelled(index)
-        label = merged(label, self.merge)
-        scale = 0.5 + 1.5 * torch.rand(()).item()
-        image, label = scaled(image, label, scale * fitting(image, self.crop))
-        image, label = self.cropped(image, label)
-        if torch.rand(()) < 0.5:
-            image, label = image.flip(2), label.flip(1)
-        image = prepared(self.distort(image), self.data)
-        right = self.crop - image.shape[2]
-        below = self.crop - image.shape[1]
-        return (F.pad(image, (0, right, 0, below)),
-                F.pad(label.long(), (0, right, 0, below), value=IGNORED))
+        factor = (0.5 + 1.5 * torch.rand(()).item()) * fitting(image, self.side)
+        image = tv_tensors.Image(scaled(image, factor))
+        label = tv_tensors.Mask(scaled(label[None], factor, v2.InterpolationMode.NEAREST_EXACT))
+        image, label = self.mirror(*self.cropped(self.distort(image), label))
+        return prepared(image.as_subclass(torch.Tensor), self.data), label[0].long()
 
     def cropped(self, image, label):
-        """At most crop x crop of both."""
-        H, W = label.shape
+        """image (3, crop, crop), label (1, crop, crop)"""
         for _ in range(TRIES):
-            top = torch.randint(max(1, H - self.crop + 1), ()).item()
-            left = torch.randint(max(1, W - self.crop + 1), ()).item()
-            window = (..., slice(top, top + self.crop), slice(left, left + self.crop))
-            counts = label[window].flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
-            if counts.max() <= COMMONEST * counts.sum() or self.data.in_memory:
+            crops = self.crop(image, label)
+            counts = crops[1].flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
+            if counts.max() <= COMMONEST * counts.sum():
                 break
-        return image[window], label[window]
+        return crops
 
 
 def fitting(image, crop):
@@ -180,57 +181,15 @@ def fitting(image, crop):
     return min(crop / short, LONGEST * crop / long)
 
 
-def scaled(image, label, factor):
-    """Both resized: bilinear with antialias, and nearest."""
-    size = [max(1, round(side * factor)) for side in label.shape]
-    return (v2.functional.resize(image, size, antialias=True),
-            v2.functional.resize(label[None], size, v2.InterpolationMode.NEAREST_EXACT)[0])
+def scaled(image, factor, how=v2.InterpolationMode.BILINEAR):
+    """(C, H, W) resized."""
+    size = [max(1, round(side * factor)) for side in image.shape[1:]]
+    return v2.functional.resize(image, size, how, antialias=True)
 
 
 def prepared(image, data):
-    """uint8 (..., 3, H, W) -> normalised float32."""
-    mean = torch.tensor(data.mean, device=image.device)
-    return normalise(image, mean, torch.tensor(data.std, device=image.device), image.dim() - 3)
-
-
-class Held:
-    """Frozen maps of a whole split in memory: [i] -> map (D, h, w) float32, label (S, S) int64.
-
-    merge: every object is label 1."""
-
-    def __init__(self, maps, data, merge):
-        self.maps = maps
-        self.data = data
-        self.merge = merge
-
-    def __len__(self):
-        return len(self.maps)
-
-    def __getitem__(self, index):
-        _, label = self.data.labelled(index)
-        return self.maps[index].float(), merged(label, self.merge).long()
-
-
-@torch.inference_mode()
-def hold(vit, data, setup):
-    """Maps (N, D, h, w) of all images, in half precision on the CPU; None if they are too many."""
-    side = data[0][0].shape[1] // patch_size(vit)
-    shape = (len(data), vit.dim, side, side)
-    if 2 * torch.Size(shape).numel() > HELD_BYTES:
-        return None
-    maps = torch.empty(shape, dtype=torch.float16)
-    bar = tqdm(torch.arange(len(data)).split(32), desc="frozen features", leave=False,
-               disable=not distributed.is_main())
-    for some in bar:
-        images = torch.stack([data.labelled(int(i))[0] for i in some]).to(setup.device)
-        with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.amp):
-            maps[some] = last_map(vit, prepared(images, data)).half().cpu()
-    return maps
-
-
-def merged(label, merge):
-    """Labels as they are, or 1 for all but background. Of scenes, where nothing is ignored."""
-    return label.clamp(max=1) if merge else label
+    """uint8 (3, H, W) -> normalised float32."""
+    return normalise(image, torch.tensor(data.mean), torch.tensor(data.std), channel_dim=0)
 
 
 # ---------------------------------------------------------------- scores
@@ -246,8 +205,7 @@ def predict(net, image, data, sizes, setup):
     """Labels (H, W) of an image uint8 (3, H, W): resized to the crop's short side, seen through
     windows whose logits are averaged where they overlap, scored at the image's own size."""
     H, W = image.shape[1:]
-    image, _ = scaled(image, image[0], fitting(image, sizes.crop))
-    x = prepared(image, data).to(setup.device)[None]
+    x = prepared(scaled(image, fitting(image, sizes.crop)), data).to(setup.device)[None]
     h, w = x.shape[2:]
     x = F.pad(x, (0, max(0, sizes.crop - w), 0, max(0, sizes.crop - h)))
     seen = x.new_zeros(x.shape[2:])
@@ -270,14 +228,7 @@ def confusion(true, predicted, classes):
     return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
 
 
-def mean_iou(matrix):
-    """Mean over labels that occur, in truth or prediction, of intersection / union, in per cent."""
-    hit = matrix.diag().double()
-    union = matrix.sum(0) + matrix.sum(1) - matrix.diag()
-    return 100 * (hit / union)[union > 0].mean().item()
-
-
-def score(net, data, sizes, setup, merge=False):
+def score(net, data, sizes, setup):
     """Confusion matrix (C, C) of the whole split, over all ranks; each predicts its share."""
     matrix = 0
     bar = tqdm(shared(len(data)), desc="segmenting", leave=False,
@@ -285,94 +236,70 @@ def score(net, data, sizes, setup, merge=False):
     for index in bar:
         image, label = data.labelled(index)
         predicted = predict(net, image, data, sizes, setup)
-        matrix = matrix + confusion(merged(label, merge), predicted, classes_of(data, merge))
+        matrix = matrix + confusion(label, predicted, len(data.label_names))
     return sum(distributed.everyone(matrix))
 
 
-def classes_of(data, merge):
-    """How many labels there are."""
-    return 2 if merge else len(data.label_names)
+def mean_iou(matrix):
+    """Mean over labels that occur, in truth or prediction, of intersection / union, in per cent."""
+    hit = matrix.diag().double()
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diag()
+    return 100 * (hit / union)[union > 0].mean().item()
 
 
-def rows_of(probe, what, source, head, epochs, matrix):
-    """The score, and that of naming the commonest label at every pixel."""
-    constant = torch.zeros_like(matrix)
+def commonest(matrix):
+    """The confusion matrix of who names the commonest label at every pixel."""
     counts = matrix.sum(1)
+    constant = torch.zeros_like(matrix)
     constant[:, counts.argmax()] = counts
-    yield row(probe, what, source, head, epochs, "mIoU", mean_iou(matrix))
-    yield row(probe, what, "nothing", "the commonest label", 0, "mIoU", mean_iou(constant))
+    return constant
+
+
+def against_background(matrix):
+    """The confusion matrix (2, 2) of label 0 and all others together."""
+    rows = torch.stack([matrix[0], matrix[1:].sum(0)])
+    return torch.stack([rows[:, 0], rows[:, 1:].sum(1)], dim=1)
 
 
 # ---------------------------------------------------------------- the probes
 
 def probe_segment_linear(model, _train, _val, setup):
-    """mIoU of BatchNorm and a 1x1 convolution on frozen tokens; of scenes, also objects against
-    background."""
-    data = setup.views["train"]
-    vit = copy.deepcopy(model.representation).eval()
-    sizes, recipe = preset(data, vit, (UPERNET, LINEAR_RECIPE), (QUICK, QUICK_LINEAR), setup)
-    maps = Frozen(vit)
-    held = hold(vit, data, setup) if data.in_memory else None
-    for merge in (False, True)[:1 + data.in_memory]:
-        seed_all(setup.seed)
-        net = Segmenter(maps, Linear(vit.dim, classes_of(data, merge)))
-        name = "segment-linear-objects" if merge else "segment-linear"
-        fit_linear(net, held, recipe, sizes, setup, merge, name)
-        matrix = score(net, setup.views["val"], sizes, setup, merge)
-        what = "objects, background" if merge else f"{len(matrix)} classes"
-        yield from rows_of("segment-linear", what, "frozen patch tokens", "BatchNorm, 1x1",
-                           recipe.epochs(len(data)), matrix)
-        if not merge:
-            picture(net, sizes, setup, name)
-
-
-def fit_linear(net, held, recipe, sizes, setup, merge, name):
-    """Train the head of `net`: on maps that are held, or on crops that pass through the ViT."""
-    data = setup.views["train"]
-    vit = net.maps.vit
-    if held is None:
-        fit(net, vit, Crops(data, sizes.crop, merge), recipe, setup, name)
-    else:
-        samples = Held(held, data, merge)
-        # The ViT is not in what is trained, but what is kept is of its maps.
-        fit(OfMaps(net.head), vit, samples, recipe, setup, name, digest(vit))
-    net.to(setup.device).eval()
+    """mIoU of BatchNorm and a 1x1 convolution on frozen tokens."""
+    return probe("segment-linear", linear, "frozen patch tokens", "BatchNorm, 1x1", model, setup)
 
 
 def probe_segment(model, _train, _val, setup):
     """mIoU of UPerNet on four blocks, all weights trained."""
+    return probe("segment", upernet, "four blocks, all weights", "UPerNet", model, setup)
+
+
+def probe(name, build, source, head, model, setup):
+    """Train, score, draw.  -> rows of the table"""
     data = setup.views["train"]
+    unseen = setup.views["val"]
     seed_all(setup.seed)
-    vit = copy.deepcopy(model.representation).requires_grad_(True)
-    sizes, recipe = preset(data, vit, (UPERNET, UPERNET_RECIPE), (QUICK, QUICK_UPERNET), setup)
-    head = UPerNet(vit.dim, len(data.label_names), sizes.channels, sizes.auxiliary)
-    net = Segmenter(FourMaps(vit), head)
-    fit(net, vit, Crops(data, sizes.crop), recipe, setup, "segment")
-    matrix = score(net, setup.views["val"], sizes, setup)
-    yield from rows_of("segment", f"{len(matrix)} classes", "four blocks, all weights", "UPerNet",
-                       recipe.epochs(len(data)), matrix)
-    picture(net, sizes, setup, "segment")
+    vit = copy.deepcopy(model.representation).eval()
+    sizes, recipe = preset(name, data, vit, setup)
+    net = build(vit, len(data.label_names), sizes)
+    batches = from_files(Crops(data, sizes.crop), recipe, setup, default_collate)
+    train(net, vit, recipe, batches, setup, name)
+    matrix = score(net, unseen, sizes, setup)
+    if distributed.is_main() and setup.folder:
+        draw(net, unseen, sizes, setup, setup.file(name, ".png"))
+    scores = {f"{len(matrix)} classes": matrix}
+    if data.label_names[0] == "background":
+        scores["objects, background"] = against_background(matrix)
+    epochs = recipe.epochs(len(data))
+    for what, matrix in scores.items():
+        yield row(name, what, source, head, epochs, "mIoU", mean_iou(matrix))
+        yield row(name, what, "nothing", "the commonest label", 0, "mIoU",
+                  mean_iou(commonest(matrix)))
 
 
-def fit(net, vit, samples, recipe, setup, name, frozen=""):
-    """loop.train; what takes minutes is not kept, it would only be in the way of the next try.
-
-    frozen: the digest of a ViT that is not part of `net`."""
-    workers = 0 if setup.views["train"].in_memory else all_workers()
-    keep = None if setup.quick else setup.file(name, ".pt")
-    batches = from_files(samples, recipe, setup, default_collate, workers)
-    train(net, vit, recipe, batches, setup, keep,
-          f"{name}, {setup.tag}, {len(samples):,} images", setup.views["train"].digest() + frozen)
-
-
-def picture(net, sizes, setup, name):
-    """Predictions for some validation images, drawn by rank 0."""
-    path = setup.file(name, ".png")
-    data = setup.views["val"]
-    if path is None or not distributed.is_main():
-        return
+def draw(net, data, sizes, setup, path):
+    """Predictions for some images."""
     shown = []
-    for index in torch.linspace(0, len(data) - 1, min(PICTURES, len(data))).long().tolist():
+    for index in spread(data, min(PICTURES, len(data))).tolist():
         image, label = data.labelled(index)
         shown.append((image, label, predict(net, image, data, sizes, setup)))
     draw_segmentation(shown, data.label_names, path)

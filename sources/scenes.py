@@ -74,6 +74,16 @@ class Scenes:
         return image, Objects(masks, classes.numpy(), np.zeros(len(masks), dtype=bool), boxes,
                               masks.sum((1, 2), dtype=np.float64))
 
+    def merged(self):
+        """The same scenes, whose objects are all of one class."""
+        array = np.array(self.array)
+        objects = array[:, 3] > 0
+        array[:, 3][objects] -= (array[:, 3][objects] - 1) % BLOCK
+        scenes = Scenes(array)
+        scenes.classes = ["object"]
+        scenes.label_names = ["background", "object"]
+        return scenes
+
     def _read(self, index):
         pixels = torch.from_numpy(np.array(self.array[index]))
         return pixels[:3], pixels[3]

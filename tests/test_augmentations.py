@@ -16,7 +16,7 @@ import augmentations as A
 
 # float32 pixels in [0, 1], whose last bit is 6e-8; the largest difference seen is 1.5e-6
 TOLERANCE = 3e-6
-ALWAYS = A.Recipe(jitter=1.0, grey=0.3, solarise=0.5, sigma=(0.1, 2.0))
+ALWAYS = A.Ranges(jitter=1.0, grey=0.3, solarise=0.5, sigma=(0.1, 2.0))
 
 
 def seeded(seed):
@@ -168,10 +168,10 @@ def test_solarise():
 # the whole chain
 
 @pytest.mark.parametrize("H, W, size", [(32, 32, 32), (64, 64, 64), (45, 61, 32)])
-@pytest.mark.parametrize("recipe", [A.CONTEXT, A.TARGET, ALWAYS])
-def test_chain(H, W, size, recipe):
+@pytest.mark.parametrize("ranges", [A.CONTEXT, A.TARGET, ALWAYS])
+def test_chain(H, W, size, ranges):
     images = random_images(48, H, W)
-    p = A.sample(48, (H, W), recipe, generator=seeded(4))
+    p = A.sample(48, (H, W), ranges, generator=seeded(4))
     ours = A.apply(images, p, size)
     assert_close(ours, one_by_one(lambda *a: tv_chain(*a, size), images, *p))
     assert ours.min() >= 0 and ours.max() <= 1
@@ -190,7 +190,7 @@ def test_uint8_images_and_untouched_inputs():
 
 def test_identity_parameters_leave_the_image():
     images = random_images(12, 32, 32)
-    off = A.Recipe(scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grey=0, blur=0)
+    off = A.Ranges(scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grey=0, blur=0)
     p = A.sample(12, 32, off, generator=seeded(6))
     assert_close(A.apply(images, p, 32), images)
     assert torch.equal(
@@ -269,8 +269,8 @@ def test_mode_returns_the_views_of_apply_normalised_and_their_parameters(make_sp
     torch.manual_seed(5)
     images = torch.from_numpy(split.parts[0].images[index.numpy()])
     mean, std = torch.tensor(split.mean).view(3, 1, 1), torch.tensor(split.std).view(3, 1, 1)
-    for v, recipe in enumerate([A.CONTEXT, A.CONTEXT, A.TARGET]):
-        params = A.sample(3, 32, recipe)
+    for v, ranges in enumerate([A.CONTEXT, A.CONTEXT, A.TARGET]):
+        params = A.sample(3, 32, ranges)
         torch.testing.assert_close(
             batch.views[:, v], (A.apply(images, params, 32) - mean) / std, atol=1e-5, rtol=1e-5
         )
@@ -304,16 +304,16 @@ def test_recipes_are_equimods():
     assert A.TARGET._asdict() == dict(shared, blur=0.1, solarise=0.2)
 
 
-@pytest.mark.parametrize("recipe", [A.CONTEXT, A.TARGET])
-def test_probabilities(recipe):
+@pytest.mark.parametrize("ranges", [A.CONTEXT, A.TARGET])
+def test_probabilities(ranges):
     n = 20000
-    p = A.sample(n, 32, recipe, generator=seeded(10))
+    p = A.sample(n, 32, ranges, generator=seeded(10))
     jittered = (p.jitter != torch.tensor([1.0, 1, 1, 0])).any(1)
     happened = dict(
         flip=p.flip, jitter=jittered, grey=p.grey, blur=p.sigma > 0, solarise=p.solarise
     )
     for name, flags in happened.items():
-        probability = getattr(recipe, name)
+        probability = getattr(ranges, name)
         assert binomtest(int(flags.sum()), n, probability).pvalue > 1e-3, (
             name,
             flags.float().mean(),
@@ -359,7 +359,7 @@ def test_crops_are_distributed_as_torchvisions(H, W):
 
 def test_crop_fallback_is_torchvisions():
     for H, W in [(10, 100), (100, 10), (32, 32)]:
-        never = A.Recipe(scale=(5, 5))  # no shape fits
+        never = A.Ranges(scale=(5, 5))  # no shape fits
         ours = A.sample(3, (H, W), never, generator=seeded(14)).crop
         theirs = RandomResizedCrop.get_params(torch.empty(3, H, W), never.scale, never.ratio)
         assert (ours == torch.tensor(theirs)).all(), (ours, theirs)
@@ -368,19 +368,19 @@ def test_crop_fallback_is_torchvisions():
 def test_each_image_may_have_its_own_size():
     sizes = torch.tensor([[30, 40], [50, 50], [20, 90], [64, 33]]).repeat(1500, 1)
     height, width = sizes.float().split(1, dim=1)
-    recipe = A.Recipe(scale=(0.3, 1.0))
-    ours = A.sample(6000, (height, width), recipe, generator=seeded(15)).crop.double()
+    ranges = A.Ranges(scale=(0.3, 1.0))
+    ours = A.sample(6000, (height, width), ranges, generator=seeded(15)).crop.double()
     for i, (H, W) in enumerate(sizes[:4].tolist()):
         mine = ours[i::4]
         assert (mine[:, 0] + mine[:, 2] <= H).all() and (mine[:, 1] + mine[:, 3] <= W).all()
         with torch.random.fork_rng():
             torch.manual_seed(16 + i)
             image = torch.empty(3, H, W)
-            theirs = torch.tensor([RandomResizedCrop.get_params(image, recipe.scale, recipe.ratio)
+            theirs = torch.tensor([RandomResizedCrop.get_params(image, ranges.scale, ranges.ratio)
                                    for _ in range(1500)]).double()
         for a, b in zip(mine.T, theirs.T):
             assert ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-3
-    never = A.Recipe(scale=(5, 5))
+    never = A.Ranges(scale=(5, 5))
     ours = A.sample(4, (height[:4], width[:4]), never).crop
     theirs = [RandomResizedCrop.get_params(torch.empty(3, H, W), never.scale, never.ratio)
               for H, W in sizes[:4].tolist()]

@@ -17,7 +17,24 @@ from plumbing import distributed
 from plumbing.errors import BadInput
 from probes import Setup
 
-SETUP = Setup({}, torch.device("cpu"), 3, 1)
+
+class Data:
+    """What the probes' Setup holds: whose images these are, and where."""
+
+    def __init__(self, name="data", in_memory=True):
+        self.name = name
+        self.in_memory = in_memory
+
+    def digest(self):
+        return self.name
+
+
+def setup_of(folder=None, quick=False, **data):
+    return Setup({"train": Data(**data)}, torch.device("cpu"), 3, 1, tag="data", folder=folder,
+                 quick=quick)
+
+
+SETUP = setup_of()
 RECIPE = Recipe(steps=6, batch_size=4, lr=1e-2, warmup=2, layer_decay=0.5, drop_path=0.3,
                 save_every=2)
 
@@ -59,8 +76,12 @@ def build(seed=0, **how):
     return Net(**how)
 
 
-def batches_of(recipe, workers=0):
-    return loop.from_files(Pictures(), recipe, SETUP, default_collate, workers)
+def batches_of(recipe, setup=SETUP):
+    return loop.from_files(Pictures(), recipe, setup, default_collate)
+
+
+def train(net, recipe, batches, setup=SETUP):
+    loop.train(net, net.vit, recipe, batches, setup, "net")
 
 
 # ---------------------------------------------------------------- rates and groups
@@ -101,24 +122,25 @@ def test_every_parameter_has_its_layer_once():
 
 # ---------------------------------------------------------------- samples
 
-def test_samples_do_not_depend_on_where_one_starts_nor_on_workers():
+def test_samples_do_not_depend_on_where_one_starts_nor_on_workers(monkeypatch):
     before = torch.get_rng_state()
     whole = list(batches_of(RECIPE)(0))
     assert torch.equal(before, torch.get_rng_state()) and len(whole) == 6
     assert same(whole[3:], list(batches_of(RECIPE)(3)))
-    assert same(whole, list(batches_of(RECIPE, workers=2)(0)))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert same(whole, list(batches_of(RECIPE, setup_of(in_memory=False))(0)))
     labels = torch.cat([targets for _, targets in whole])
     assert sorted(labels[:10].tolist()) == pytest.approx([i / 10 for i in range(10)])
     assert not torch.equal(labels[:10], labels[10:20])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_file_stays_one_line(workers):
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_bad_file_stays_one_line(in_memory):
     class Bad(Pictures):
         def __getitem__(self, index):
             raise BadInput(f"{index}.png: not readable")
 
-    batches = loop.from_files(Bad(), RECIPE, SETUP, default_collate, workers)
+    batches = loop.from_files(Bad(), RECIPE, setup_of(in_memory=in_memory), default_collate)
     with pytest.raises(BadInput, match=r"^\d.png: not readable$"):
         next(batches(0))
 
@@ -143,7 +165,7 @@ def test_it_learns():
     batch = next(batches_of(RECIPE)(0))
     before = net.eval()(*batch)
     recipe = RECIPE._replace(steps=1, warmup=0, lr=1e-3, drop_path=0.0)
-    loop.train(net, net.vit, recipe, lambda first: iter([batch]), SETUP)
+    train(net, recipe, lambda first: iter([batch]))
     assert net(*batch) < before and not net.training
 
 
@@ -152,43 +174,54 @@ def stopping(batches, at):
 
 
 def test_resumes_exactly(tmp_path):
-    keep = tmp_path / "net.pt"
+    setup = setup_of(tmp_path)
     whole = build()
-    loop.train(whole, whole.vit, RECIPE, batches_of(RECIPE), SETUP)
+    train(whole, RECIPE, batches_of(RECIPE))
     cut = build()
-    loop.train(cut, cut.vit, RECIPE, stopping(batches_of(RECIPE), 5), SETUP, keep)
+    train(cut, RECIPE, stopping(batches_of(RECIPE), 5), setup)
     assert not same(whole.state_dict(), cut.state_dict())
     again = build()
     torch.manual_seed(99)
-    loop.train(again, again.vit, RECIPE, batches_of(RECIPE), SETUP, keep)
+    train(again, RECIPE, batches_of(RECIPE), setup)
     assert same(whole.state_dict(), again.state_dict())
     done = build()                          # nothing is left to do
-    loop.train(done, done.vit, RECIPE, lambda first: iter([]), SETUP, keep)
+    train(done, RECIPE, lambda first: iter([]), setup)
     assert same(whole.state_dict(), done.state_dict())
-    assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["net-data.pt"]
+
+
+def test_a_quick_one_keeps_nothing(tmp_path):
+    net = build()
+    train(net, RECIPE, batches_of(RECIPE), setup_of(tmp_path, quick=True))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change", [dict(lr=0.5), dict(steps=7), None])
 def test_refuses_what_another_training_kept(tmp_path, change):
-    keep = tmp_path / "net.pt"
+    setup = setup_of(tmp_path)
     net = build()
-    loop.train(net, net.vit, RECIPE, batches_of(RECIPE), SETUP, keep)
+    train(net, RECIPE, batches_of(RECIPE), setup)
     other = build(seed=0 if change else 1)
     with pytest.raises(BadInput, match="other weights or by another recipe"):
-        loop.train(other, other.vit, RECIPE._replace(**change or {}), batches_of(RECIPE), SETUP,
-                   keep)
+        train(other, RECIPE._replace(**change or {}), batches_of(RECIPE), setup)
+
+
+def test_refuses_what_was_kept_of_other_images(tmp_path):
+    train(build(), RECIPE, batches_of(RECIPE), setup_of(tmp_path))
+    with pytest.raises(BadInput, match="on other images"):
+        train(build(), RECIPE, batches_of(RECIPE), setup_of(tmp_path, name="others"))
 
 
 def test_refuses_a_damaged_checkpoint(tmp_path):
-    keep = tmp_path / "net.pt"
-    keep.write_bytes(b"PK of no use")
+    setup = setup_of(tmp_path)
+    (tmp_path / "net-data.pt").write_bytes(b"PK of no use")
     net = build()
     with pytest.raises(BadInput, match="damaged"):
-        loop.train(net, net.vit, RECIPE, batches_of(RECIPE), SETUP, keep)
+        train(net, RECIPE, batches_of(RECIPE), setup)
 
 
 def test_a_loss_gone_bad_is_said_and_the_checkpoint_before_kept(tmp_path):
-    keep = tmp_path / "net.pt"
+    setup = setup_of(tmp_path)
 
     def spoilt(first):
         for step, (images, targets) in enumerate(batches_of(RECIPE)(first)):
@@ -196,19 +229,20 @@ def test_a_loss_gone_bad_is_said_and_the_checkpoint_before_kept(tmp_path):
 
     net = build()
     with pytest.raises(BadInput, match="not finite at step 3"):
-        loop.train(net, net.vit, RECIPE, spoilt, SETUP, keep)
-    assert torch.load(keep)["step"] == 2
+        train(net, RECIPE, spoilt, setup)
+    assert torch.load(tmp_path / "net-data.pt")["step"] == 2
 
 
 # ---------------------------------------------------------------- two processes
 
 def first_step(folder):
     """What one step without chance leaves: tenths of the gradients, and BatchNorm's buffers."""
-    keep = folder / f"net-{distributed.world_size()}.pt"
+    setup = setup_of(folder / str(distributed.world_size()))
+    setup.folder.mkdir(exist_ok=True)
     recipe = RECIPE._replace(steps=1, drop_path=0.0)
     net = build(dropout=0)
-    loop.train(net, net.vit, recipe, batches_of(recipe), SETUP, keep)
-    moments = torch.load(keep)["optimizer"]["state"].values()
+    train(net, recipe, batches_of(recipe), setup)
+    moments = torch.load(setup.file("net", ".pt"))["optimizer"]["state"].values()
     buffers = [net.norm.running_mean, net.norm.running_var]
     return [moment["exp_avg"] for moment in moments] + buffers, net.state_dict()
 
@@ -217,7 +251,7 @@ def write_first_step(folder):
     distributed.start()
     torch.save(first_step(folder), folder / f"{distributed.rank()}.pt")
     with pytest.raises(BadInput, match="cannot be split"):
-        loop.train(None, None, RECIPE._replace(batch_size=3), None, SETUP)
+        loop.train(None, None, RECIPE._replace(batch_size=3), None, SETUP, "net")
     distributed.finish()
 
 

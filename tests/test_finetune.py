@@ -108,7 +108,7 @@ def test_small_sets_have_small_batches(monkeypatch, n, ranks, batch_size, steps)
 
 def test_mixed_targets_by_hand(setting, monkeypatch):
     """Flat images of two colours: how much of which is in an image says what its target is."""
-    monkeypatch.setattr(finetune, "augment", lambda images, mean, std: images)
+    monkeypatch.setattr(finetune, "augment", lambda images, mean, std, operation: images)
     _, views = setting(classes=["a", "b"])
     views = views["train"]
     labels = torch.arange(20) % 2
@@ -145,6 +145,17 @@ def test_steps_do_not_depend_on_where_one_starts_and_ranks_differ(setting, monke
     assert not torch.equal(halves[0][0], halves[1][0])
 
 
+def test_a_quarter_is_erased_by_a_box_of_noise():
+    erased = torch.stack([finetune.ERASE(image) for image in torch.full((800, 3, 20, 20), 9.0)])
+    changed = erased != 9
+    some = changed.flatten(1).any(1)
+    assert some.float().mean().item() == pytest.approx(0.25, abs=0.05)
+    shares = changed[some].float().mean((1, 2, 3))
+    assert 0.005 <= shares.min() and shares.max() <= 0.38                   # sides are rounded
+    noise = erased[changed]
+    assert noise.mean().abs() < 0.03 and noise.std().item() == pytest.approx(1, abs=0.03)
+
+
 def test_augmented_pixels_stay_near_the_range_of_pixels(setting):
     """A twice clamped image: what leaves [0, 1] is the noise of erasing alone."""
     _, views = setting(n=64)
@@ -152,12 +163,32 @@ def test_augmented_pixels_stay_near_the_range_of_pixels(setting):
     torch.manual_seed(0)
     images = views.augmented(torch.arange(64))
     before = images.clone()
-    out = finetune.augment(images, views.mean, views.std)
+    out = finetune.augment(images, views.mean, views.std, finetune.rand_augment(views.mean))
     assert torch.equal(images, before) and out.shape == images.shape
     pixels = out * views.std.view(3, 1, 1) + views.mean.view(3, 1, 1)
     inside = ((pixels > -1e-4) & (pixels < 1 + 1e-4)).flatten(1).all(1)
     assert 0.6 < inside.float().mean() < 0.95
     assert (out != before).flatten(1).any(1).float().mean() > 0.6
+
+
+def test_each_image_has_its_own_operations_at_nine_of_ten():
+    """A grey image knows brightness alone, by 0.9 x 0.9 at level 9 (timm: 1 + 0.9 x 9 / 10), and is
+    posterised to a neighbour; what a warp uncovers is as grey."""
+    grey = torch.full((800, 3, 16, 16), 0.5)
+    operation = finetune.rand_augment(torch.full((3,), 0.5))
+    found = torch.stack([operation(image) for image in grey])
+    levels = found[:, 0, 8, 8]              # in the middle: at a border torchvision blends twice
+    near = (levels - 0.5).abs() < 0.05
+    dark = (levels - 0.5 * 0.19).abs() < 0.01
+    bright = (levels - 0.5 * 1.81).abs() < 0.01
+    for some in (dark, bright):             # in one of two rounds, one of 14 operations, one way
+        assert some.float().mean().item() == pytest.approx(2 * 0.5 / 14 / 2, abs=0.02)
+    twice = ~near & ~dark & ~bright
+    assert twice.float().mean() < 0.02
+    ramp = torch.linspace(0, 1, 16).expand(800, 3, 16, 16)
+    changed = [not torch.equal(operation(image), image) for image in ramp]
+    # A plain ramp is as it was after Identity, Equalize and the like.
+    assert 0.5 < sum(changed) / 800 < 1 - (1 - 0.5 * 13 / 14) ** 2 + 0.05
 
 
 # ---------------------------------------------------------------- the probe
@@ -182,7 +213,7 @@ def test_top1_is_counted_by_hand_and_by_two_ranks(setting, monkeypatch):
 
 def test_it_learns_and_leaves_the_model_alone(setting, monkeypatch):
     """Two classes of flat images, told apart by their brightness alone."""
-    monkeypatch.setattr(finetune, "augment", lambda images, mean, std: images)
+    monkeypatch.setattr(finetune, "augment", lambda images, mean, std, operation: images)
     monkeypatch.setattr(finetune, "BATCH_SIZE", 16)
     model, views = setting(n=32)
     views["train"].images.parts[0][0::2] //= 2

@@ -778,7 +778,7 @@ def test_crops_cover_at_least_the_share_asked_for(views):
     areas = []
     for scale in (0.3, 0.9):
         sampler = views(crop_scale=scale)
-        drawn = augmentations.sample(4000, 48, sampler.recipe)
+        drawn = augmentations.sample(4000, 48, sampler.ranges)
         areas.append(drawn.crop[:, 2] * drawn.crop[:, 3] / 48 ** 2)
         assert not drawn.flip.any()
     assert 0.27 < areas[0].min() < 0.33 and 0.84 < areas[1].min() < 0.92              # whole pixels

@@ -46,6 +46,19 @@ def test_labels_masks_and_classes_agree(block):
         assert set(instance.unique().tolist()) == set(range(n + 1))
 
 
+def test_merged_scenes_have_one_class_and_the_same_objects(block):
+    split = scenes.Scenes(block)
+    merged = split.merged()
+    assert merged.digest() != split.digest() and len(merged) == len(split)
+    for i in range(len(split)):
+        image, found = merged.objects(i)
+        before, objects = split.objects(i)
+        assert torch.equal(image, before) and np.array_equal(found.masks, objects.masks)
+        assert (found.classes == 0).all() and np.array_equal(found.boxes, objects.boxes)
+        _, label = merged.labelled(i)
+        assert torch.equal(label, split.labelled(i)[1].clamp(max=1))
+
+
 def test_objects_are_as_large_as_promised_and_background_has_no_edges(block):
     split = scenes.Scenes(block)
     for i in range(len(split)):
