@@ -358,7 +358,7 @@ def open_image(path):
         raise BadInput(f"{path}: not a readable image ({reason}); mend or remove it") from None
 
 
-def read_image(path, smallest):
+def read_image(path, smallest=1):
     """An image file as uint8 (3, H, W).  smallest, Raises: as `decode`."""
     from torchvision.transforms.v2 import functional as TF
     with open_image(path) as image:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from plumbing.cache import cached
 from sources import shapes, solids
-from sources.coco import Objects, enclosing
+from sources.masks import Objects, enclosing
 
 SEED = 1                        # solids themselves have 0: what is pasted, no run was trained on
 SCENES = 2000                   # for training, without --limit; a quarter as many for val
@@ -67,7 +67,7 @@ class Scenes:
         return image, torch.where(code > 0, (code - 1) % BLOCK + 1, 0).to(torch.uint8)
 
     def objects(self, index):
-        """image uint8 (3, S, S), coco.Objects: as detectors learn from them."""
+        """image uint8 (3, S, S), masks.Objects: as detectors learn from them."""
         image, instance, classes = self[index]
         masks = instance.numpy() == np.arange(1, len(classes) + 1)[:, None, None]
         boxes = np.array([enclosing(mask) for mask in masks], dtype=np.float64).reshape(-1, 4)

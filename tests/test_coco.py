@@ -1,82 +1,15 @@
-"""COCO's format: masks as pycocotools decodes them, gaps, crowds, images without objects, and what
-is broken."""
+"""COCO's format: gaps, crowds, images without objects, and what is broken."""
 import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from pycocotools import mask as official
+from test_masks import STAR, H, W, as_runs, compressed, random_mask
 
 from plumbing.errors import BadInput
-from sources import coco
-from sources.coco import Coco, decode, decode_runs, load
+from sources.coco import Coco, load
 
-H, W = 40, 60
-STAR = [30, 2, 36, 16, 52, 18, 40, 26, 44, 38, 30, 30, 16, 38, 20, 26, 8, 18, 24, 16]
-
-
-def random_mask(seed, height=H, width=W):
-    """A few overlapping rectangles and single pixels."""
-    rng = np.random.default_rng(seed)
-    mask = rng.random((height, width)) < 0.02
-    for _ in range(3):
-        top, left = rng.integers(0, height), rng.integers(0, width)
-        mask[top:top + rng.integers(1, 15), left:left + rng.integers(1, 25)] = True
-    return mask
-
-
-def as_runs(mask):
-    """Run lengths, uncompressed, by the slowest of ways."""
-    counts = [0]
-    value = False
-    for pixel in mask.flatten(order="F"):
-        if pixel != value:
-            counts.append(0)
-            value = pixel
-        counts[-1] += 1
-    return counts
-
-
-def compressed(mask):
-    """pycocotools' text for a mask."""
-    return official.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-
-
-# ---------------------------------------------------------------- masks
-
-@pytest.mark.parametrize("seed", range(20))
-def test_run_lengths_are_decoded_as_pycocotools_encodes_them(seed):
-    mask = random_mask(seed)
-    assert np.array_equal(decode_runs(compressed(mask), H, W), mask)
-    assert np.array_equal(decode_runs(as_runs(mask), H, W), mask)
-
-
-def test_run_lengths_of_large_and_uniform_masks():
-    for mask in (np.zeros((3000, 2000), bool), np.ones((3000, 2000), bool)):
-        assert np.array_equal(decode_runs(compressed(mask), 3000, 2000), mask)
-    wide = random_mask(1, 500, 900)
-    assert np.array_equal(decode_runs(compressed(wide), 500, 900), wide)
-
-
-def test_polygons_are_pycocotools():
-    parts = [STAR, [0, 0, 12.5, 0, 0, 12.5]]
-    runs = official.merge(official.frPyObjects(parts, H, W))
-    assert np.array_equal(decode(parts, H, W), official.decode(runs).astype(bool))
-    assert not decode([[1, 1, 5, 5]], H, W).any()               # a line has no inside
-
-
-def test_polygons_without_pycocotools_are_nearly_the_same(monkeypatch):
-    parts = [STAR, [0, 0, 12.5, 0, 0, 12.5], [50, 30, 70, 30, 70, 50, 50, 50]]  # the last leaves it
-    exact = decode(parts, H, W)
-    monkeypatch.setattr(coco, "official", None)
-    near = decode(parts, H, W)
-    assert (exact & near).sum() / (exact | near).sum() > 0.93
-    # Pixels (x, y) with x + y + 1 < 4.2.
-    triangle = decode([[0, 0, 4.2, 0, 0, 4.2]], H, W)
-    assert triangle[:4].sum(1).tolist() == [4, 3, 2, 1] and triangle.sum() == 10
-
-
-# ---------------------------------------------------------------- a folder
 
 def annotate(**changes):
     """Three images with ids in disorder; categories 2, 5 and 9."""
@@ -126,9 +59,9 @@ def test_a_folder_is_read(tmp_path):
     assert data.counts.tolist() == [1, 0, 1]                    # images 7, 12, 30; without crowds
 
     image, objects = data.objects(0)
-    assert image.shape == (3, H, W) and image.dtype == np.uint8
+    assert image.shape == (3, H, W) and image.dtype == torch.uint8
     stored = np.array(Image.open(tmp_path / "val2017" / "a.png"))
-    assert np.array_equal(image.transpose(1, 2, 0), stored)
+    assert np.array_equal(image.movedim(0, 2), stored)
     assert objects.classes.tolist() == [2, 0] and objects.crowd.tolist() == [False, True]
     assert objects.boxes.tolist() == [[8, 2, 52, 38], [1, 2, 4, 6]]
     assert objects.areas.tolist() == [700, 50]
@@ -151,7 +84,7 @@ def test_json_beside_the_images_and_images_in_a_folder_of_their_own(tmp_path):
     made = write(tmp_path / "coco")
     (made / "images").mkdir()
     (made / "train2017").rename(made / "images" / "train2017")
-    assert Coco(made, "train").folder == made / "images" / "train2017"
+    assert Coco(made, "train").files[0].parent == made / "images" / "train2017"
     for split, name in (("train", "train"), ("val", "valid")):
         (tmp_path / "flat" / name).mkdir(parents=True)
         for file in (made / "val2017").iterdir():
@@ -188,7 +121,7 @@ RUNS = dict(size=[H, W], counts=[H * W])
 BROKEN = {
     "no annotations": (dict(images=[], categories=[dict(id=1, name="a")]), "annotations"),
     "a list": ([1, 2], "not COCO's list"),
-    "no categories": (annotate(categories=[]), "no categories"),
+    "no categories": (annotate(categories=[]), "annotation 1 is of an image or a category"),
     "an image twice": (annotate(images=[dict(id=7, file_name="a.png", height=H, width=W)] * 2),
                        "twice"),
     "no such image": (changed(0, image_id=8), "annotation 1 is of an image or a category"),
@@ -200,7 +133,7 @@ BROKEN = {
     "an image that leads out": (annotate(images=[dict(id=7, file_name="../a.png", height=H,
                                                       width=W)], annotations=[]), "inside"),
     "an image that is absent": (annotate(images=[dict(id=7, file_name="d.png", height=H, width=W)],
-                                         annotations=[]), "d.png: not found, but listed"),
+                                         annotations=[]), "d.png: not found; listed"),
 }
 
 
@@ -215,11 +148,13 @@ def test_what_is_broken_is_said_in_a_line_when_it_is_opened(tmp_path, name):
 
 USED = {
     "another length": (dict(RUNS, counts=[H * W - 1]), "run lengths for 2,399 pixels"),
-    "negative": (dict(RUNS, counts=[H * W + 1, -1]), "broken run lengths"),
-    "no numbers": (dict(RUNS, counts=[None]), "broken run lengths"),
-    "cut": (dict(RUNS, counts="o" * 3), "end in the middle"),
-    "no text of theirs": (dict(RUNS, counts="a b"), "a character ' '"),
+    "negative": (dict(RUNS, counts=[H * W + 1, -1]), "negative"),
+    "no numbers": (dict(RUNS, counts=[None]), "unsupported"),
+    "no whole numbers": (dict(RUNS, counts=[0.5, H * W - 0.5]), "cannot reshape"),
+    "cut": (dict(RUNS, counts="o" * 3), "run lengths for 0 pixels"),
+    "no text of theirs": (dict(RUNS, counts="a b"), "run lengths for 0 pixels"),
     "an odd polygon": ([[1, 2, 3, 4, 5, 6, 7]], "a polygon"),
+    "a polygon of points": ([[[1, 2], [3, 4]] * 3], "a polygon"),
     "a polygon to the moon": ([[1, 2, 3, 4, 5e9, 6]], "a polygon"),
     "a polygon of words": ([["a"] * 6], "could not convert"),
 }
@@ -244,7 +179,7 @@ def test_broken_files(tmp_path):
     with pytest.raises(BadInput, match="b.png: 30 x 21 pixels, but 30 x 20 in"):
         Coco(root, "train").objects(1)
     listing.write_text(listing.read_text()[:-5])
-    with pytest.raises(BadInput, match="instances_train2017.json: not JSON"):
+    with pytest.raises(BadInput, match="instances_train2017.json: not COCO's list .*JSON"):
         Coco(root, "train")
     (root / "annotations" / "instances_train2014.json").write_text("{}")
     with pytest.raises(BadInput, match="a second file of train annotations"):

@@ -16,8 +16,8 @@ from dense.maps import FourMaps, four_blocks
 from encoder import ViT
 from plumbing import distributed
 from probes import Setup
-from sources import coco
-from sources.coco import Objects
+from sources import coco, masks
+from sources.masks import Objects
 from sources.scenes import BLOCK, Scenes
 
 SETUP = Setup({}, torch.device("cpu"), 0, M_train=1)
@@ -364,7 +364,7 @@ def test_polygons_without_pycocotools_are_said_in_the_table(tmp_path, monkeypatc
     write(tmp_path)
     splits = [coco.Coco(tmp_path, split) for split in ("train", "val")]
     assert detect.head_words(detect.FULL, *splits) == "Mask R-CNN"
-    monkeypatch.setattr(coco, "official", None)
+    monkeypatch.setattr(masks, "official", None)
     splits[1] = coco.Coco(tmp_path, "val")
     assert detect.head_words(detect.FULL, *splits) == "Mask R-CNN; polygons nearly"
 
