@@ -8,14 +8,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dense.average_precision import (
-    average_precision,
-    box_areas,
-    box_ious,
-    mask_areas,
-    mask_ious,
-    match,
-)
+from dense.average_precision import areas_of, average_precision, match
 
 NAMES = ("AP", "AP50", "AP75", "APS", "APM", "APL")
 SIDE = 160
@@ -71,7 +64,7 @@ def random_set(seed, images=12, classes=3, high=150, grid=0.1):
     return everything
 
 
-def ours(everything, kind, agnostic=False):
+def ours(everything, kind):
     classes = {}
     for truths, found in everything:
         for k, (boxes, crowd) in truths.items():
@@ -81,11 +74,9 @@ def ours(everything, kind, agnostic=False):
             shapes, their_shapes = ours, boxes
             if kind == "segm":
                 shapes, their_shapes = ellipses(ours), ellipses(boxes)
-            ious_of = {"bbox": box_ious, "segm": mask_ious}[kind]
-            areas_of = {"bbox": box_areas, "segm": mask_areas}[kind]
             # COCO's area of a truth is its mask's, for boxes too.
-            matches = match(scores, areas_of(shapes), ious_of(shapes, their_shapes, crowd),
-                            mask_areas(ellipses(boxes)), crowd)
+            areas = areas_of(ellipses(boxes))
+            matches = match(scores, shapes, their_shapes, areas, crowd)
             classes.setdefault(k, []).append(matches)
     return average_precision(list(classes.values()))
 
@@ -156,8 +147,7 @@ def test_only_the_hundred_best_detections_of_an_image_count():
 def ap_of(boxes, scores, truths, crowd, name="AP50"):
     boxes, scores, truths = (np.array(x, dtype=float) for x in (boxes, scores, truths))
     crowd = np.array(crowd, dtype=bool)
-    matches = match(scores, box_areas(boxes), box_ious(boxes, truths, crowd), box_areas(truths),
-                    crowd)
+    matches = match(scores, boxes, truths, areas_of(truths), crowd)
     return average_precision([[matches]])[name]
 
 

@@ -4,13 +4,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from same import same
 from test_coco import annotate, write
+from test_distributed import spawn
 from test_train import command
 from torch import nn
 
 import evaluate
 import train
-from dense import detect
+from dense import detect, loop
 from dense.detect import LIGHT, Detector, Training, collate, measure, predict
 from dense.maps import FourMaps, four_blocks
 from encoder import ViT
@@ -23,7 +25,7 @@ from sources.scenes import BLOCK, Scenes
 SETUP = Setup({}, torch.device("cpu"), 0, M_train=1)
 GREY = (0.5, 0.5, 0.5)
 S = 64
-COLOURS = np.array([[230, 30, 30], [30, 200, 60], [40, 60, 220]], dtype=np.uint8)
+COLOURS = torch.tensor([[230, 30, 30], [30, 200, 60], [40, 60, 220]], dtype=torch.uint8)
 
 
 def picture(seed, height=S, width=S, classes=(0, 1, 1), crowd=0):
@@ -31,14 +33,14 @@ def picture(seed, height=S, width=S, classes=(0, 1, 1), crowd=0):
 
     crowd: how many of the first are crowds."""
     rng = np.random.default_rng(seed)
-    image = np.full((3, height, width), 128, dtype=np.uint8)
+    image = torch.full((3, height, width), 128, dtype=torch.uint8)
     masks = np.zeros((len(classes), height, width), dtype=bool)
     for i, k in enumerate(classes):
         sides = rng.integers(min(height, width) // 4, min(height, width) // 2, 2)
         top, left = rng.integers(0, (height, width) - sides)
         masks[:, top:top + sides[0], left:left + sides[1]] = False
         masks[i, top:top + sides[0], left:left + sides[1]] = True
-        image[:, masks[i]] = COLOURS[k][:, None]
+        image[:, torch.as_tensor(masks[i])] = COLOURS[k][:, None]
     boxes = [box_of(mask) for mask in masks]
     return image, Objects(masks, np.array(classes, dtype=np.int64),
                           np.arange(len(classes)) < crowd,
@@ -71,8 +73,10 @@ class Data:
         return self.pairs[i]
 
 
-def training_on(pairs, size, scales, mean):
-    return Training(Data(pairs), size, scales, mean)
+def training_on(pairs, size, scales, mean=GREY):
+    data = Data(pairs)
+    data.mean = mean
+    return Training(data, size, scales)
 
 
 def detector(classes=2, size=S, patch_size=8):
@@ -115,7 +119,7 @@ def test_every_parameter_gets_a_gradient(objects, amp):
     data = [picture(0), picture(1, classes=())] if objects == "some" else [picture(0), picture(1)]
     if objects == "none":
         data = [picture(0, classes=()), picture(1, classes=())]
-    training = training_on(data, S, (1.0, 1.0), GREY)
+    training = training_on(data, S, (1.0, 1.0))
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         loss = net(*collate([training[0], training[1]]))
     assert loss.dtype == torch.float32
@@ -132,7 +136,7 @@ def test_learning_lowers_the_loss_and_leaves_the_given_vit_alone():
     vit = ViT("vit-nano", image_size=64, patch_size=8).requires_grad_(False)
     before = {name: value.clone() for name, value in vit.state_dict().items()}
     net = Detector(vit, 2, GREY, GREY, LIGHT._replace(size=S)).train()
-    training = training_on([picture(0), picture(1)], S, (1.0, 1.0), GREY)
+    training = training_on([picture(0), picture(1)], S, (1.0, 1.0))
     batch = collate([training[0], training[1]])
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     losses = []
@@ -177,7 +181,7 @@ def test_presets():
         data.in_memory = in_memory
         sizes, recipe = detect.preset(data, quick)
         assert sizes.light and sizes.merge == merge and recipe.steps == (300 if quick else 4000)
-        assert sizes.size == (96 if in_memory else detect.SMALL)
+        assert sizes.size == (96 if in_memory else 256)
 
 
 # ---------------------------------------------------------------- samples
@@ -194,7 +198,7 @@ def test_scenes_as_objects():
     assert objects.areas.tolist() == [60 - 16, 7 * 13] and not objects.crowd.any()
     assert np.array_equal(objects.masks[1], array[0, 3] == BLOCK + 5)
     assert not (objects.masks[0] & objects.masks[1]).any()
-    merged = detect.Merged(scenes)
+    merged = scenes.merged()
     assert len(merged) == 1 and merged.classes == ["object"] and merged.mean == scenes.mean
     assert merged.objects(0)[1].classes.tolist() == [0, 0]
     assert scenes.objects(0)[1].classes.tolist() == [11, 4]
@@ -205,14 +209,14 @@ def test_objects_move_with_the_image(seed):
     """Whatever is scaled, cut, padded or mirrored: under a mask lies its class' colour, boxes
     enclose masks, and crowds are gone."""
     source = [picture(seed, 50, 90, classes=(2, 0, 1, 1), crowd=1)]
-    training = training_on(source, S, (0.3, 2.0), GREY)
+    training = training_on(source, S, (0.3, 2.0))
     torch.manual_seed(seed)
     image, target = training[0]
     assert image.shape == (3, S, S) and image.dtype == torch.uint8
     assert len(target["masks"]) == len(target["labels"]) == len(target["boxes"]) <= 3
     for mask, label, box in zip(target["masks"].bool(), target["labels"], target["boxes"]):
         assert mask.any() and label in (1, 2) and box.tolist() == box_of(mask.numpy())
-        right = (image[:, mask] == torch.tensor(COLOURS[label - 1])[:, None]).all(0)
+        right = (image[:, mask] == COLOURS[label - 1][:, None]).all(0)
         edge = 2 * (mask.any(0).sum() + mask.any(1).sum()) / mask.sum()     # resized, so mixed
         assert right.float().mean() > 1 - 1.5 * edge
 
@@ -226,12 +230,12 @@ def test_views_differ_and_padding_is_the_mean():
 
 
 def test_an_image_without_objects_or_with_none_in_view():
-    _, target = training_on([picture(0, classes=())], S, (1.0, 1.0), GREY)[0]
+    _, target = training_on([picture(0, classes=())], S, (1.0, 1.0))[0]
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, S, S)
     image, objects = picture(0, classes=(1,))
     corner = objects._replace(masks=np.zeros_like(objects.masks))
     corner.masks[0, 0, 0] = True
-    training = training_on([(image, corner)], S, (2.0, 2.0), GREY)
+    training = training_on([(image, corner)], S, (2.0, 2.0))
     counts = [len(training[0][1]["labels"]) for _ in range(30)]
     assert 0 in counts
 
@@ -271,7 +275,7 @@ def test_what_is_found_comes_back_in_the_pixels_of_the_image(monkeypatch):
 def test_predictions_fit_together():
     net = detector(classes=3).eval()
     net.rcnn.roi_heads.score_thresh = 0.0
-    boxes, labels, scores, masks = predict(net, torch.as_tensor(picture(0, 40, 70)[0]))
+    boxes, labels, scores, masks = predict(net, picture(0, 40, 70)[0])
     assert len(boxes) == len(labels) == len(scores) == len(masks) == 20
     assert masks.shape[1:] == (40, 70) and masks.dtype == bool
     assert (np.diff(scores) <= 0).all() and set(labels.tolist()) <= {0, 1, 2}
@@ -284,24 +288,23 @@ DATA = [picture(0), picture(1, 40, 80, classes=(1,)), picture(2, classes=()),
 
 def perfect(net, image):
     """Exactly what there is."""
-    objects = next(o for pixels, o in DATA if torch.equal(torch.as_tensor(pixels), image))
+    objects = next(o for pixels, o in DATA if torch.equal(pixels, image))
     n = len(objects.classes)
     return objects.boxes, objects.classes, np.ones(n), objects.masks
 
 
 def test_a_perfect_detector_has_ap_100(monkeypatch):
     monkeypatch.setattr(detect, "predict", perfect)
-    of_boxes, of_masks = measure(None, Data(DATA), SETUP)
-    assert of_boxes["AP"] == of_masks["AP"] == 100
-    assert np.isnan(of_boxes["APL"])
+    found = measure(None, Data(DATA), SETUP)
+    assert found["boxes"]["AP"] == found["masks"]["AP"] == 1
+    assert np.isnan(found["boxes"]["APL"])
 
     def other_classes(net, image):
         boxes, labels, scores, masks = perfect(net, image)
         return boxes, (labels + 1) % 3, scores, masks
 
     monkeypatch.setattr(detect, "predict", other_classes)
-    of_boxes, _ = measure(None, Data(DATA), SETUP)
-    assert of_boxes["AP"] < 60
+    assert measure(None, Data(DATA), SETUP)["boxes"]["AP"] < 0.6
 
 
 def test_ranks_find_together_what_one_finds(monkeypatch):
@@ -320,16 +323,11 @@ def test_ranks_find_together_what_one_finds(monkeypatch):
         monkeypatch.setattr(distributed, "everyone", lambda mine: parts.append(mine) or parts[::-1])
         together = measure(None, Data(DATA), SETUP)
     assert [sorted(part) for part in parts] == [[0, 3], [1], [2]]
-    for one, many in zip(alone, together):
-        assert one == pytest.approx(many, abs=0, nan_ok=True)
+    for shape in ("boxes", "masks"):
+        assert alone[shape] == pytest.approx(together[shape], abs=0, nan_ok=True)
 
 
 # ---------------------------------------------------------------- the probe
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(detect, "SMALL", 64)
-
 
 @pytest.fixture(scope="module")
 def run_dir(photos, tmp_path_factory):
@@ -339,15 +337,21 @@ def run_dir(photos, tmp_path_factory):
     return out / "runs" / "r"
 
 
-def detect_in(run_dir, data_dir, *more):
-    """Exit status of the probe on a folder."""
-    return evaluate.main([str(run_dir / "last.pt"), "--probe", "detect", "--dataset", "coco",
-                          "--data-dir", str(data_dir), "--quick", "--probe-epochs", "1", *more])
+@pytest.fixture
+def detect_in(run_dir, monkeypatch):
+    """detect_in(folder, *more): exit status of the probe, at 64 pixels."""
+    sizes, recipe = detect.PRESETS[False, True]
+    monkeypatch.setitem(detect.PRESETS, (False, True), (sizes._replace(size=64), recipe))
+
+    def detect_in(data_dir, *more):
+        return evaluate.main([str(run_dir / "last.pt"), "--probe", "detect", "--dataset", "coco",
+                              "--data-dir", str(data_dir), "--quick", "--probe-epochs", "1", *more])
+    return detect_in
 
 
-def test_the_probe_on_a_folder_of_ones_own(run_dir, tmp_path, capsys):
+def test_the_probe_on_a_folder_of_ones_own(run_dir, detect_in, tmp_path):
     write(tmp_path)
-    assert detect_in(run_dir, tmp_path, "--no-untrained", "--json", str(tmp_path / "d.json")) == 0
+    assert detect_in(tmp_path, "--no-untrained", "--json", str(tmp_path / "d.json")) == 0
     result = json.loads((tmp_path / "d.json").read_text())
     assert [row["predicts"] for row in result["rows"]] == [
         "boxes, 3 classes", "boxes at IoU 0.5, 3 classes",
@@ -360,25 +364,75 @@ def test_the_probe_on_a_folder_of_ones_own(run_dir, tmp_path, capsys):
     assert not (run_dir / "detect-coco.pt").exists()            # of minutes nothing is kept
 
 
-def test_polygons_without_pycocotools_are_said_in_the_table(tmp_path, monkeypatch):
+def test_polygons_without_pycocotools_are_said_in_the_table(detect_in, tmp_path, monkeypatch):
+    """Also if only validation has some."""
     write(tmp_path)
-    splits = [coco.Coco(tmp_path, split) for split in ("train", "val")]
-    assert detect.head_words(detect.FULL, *splits) == "Mask R-CNN"
+    only_runs = annotate()
+    del only_runs["annotations"][0]
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(only_runs))
     monkeypatch.setattr(masks, "official", None)
-    splits[1] = coco.Coco(tmp_path, "val")
-    assert detect.head_words(detect.FULL, *splits) == "Mask R-CNN; polygons nearly"
+    assert not coco.Coco(tmp_path, "train").nearly
+    assert detect_in(tmp_path, "--no-untrained", "--json", str(tmp_path / "d.json")) == 0
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert {row["head"] for row in rows} == {"Mask R-CNN, light; polygons nearly"}
 
 
-def test_what_is_broken_is_one_line_also_from_a_reading_process(run_dir, tmp_path, capsys):
+def test_what_is_broken_is_one_line_also_from_a_reading_process(run_dir, detect_in, tmp_path,
+                                                                capsys):
     write(tmp_path)
     (tmp_path / "train2017" / "c.png").write_bytes(b"no image")
-    assert detect_in(run_dir, tmp_path) == 2
+    assert detect_in(tmp_path) == 2
     said = capsys.readouterr().err
     assert "c.png: not a readable image" in said
     assert said.count("\n") == 1 and "Traceback" not in said
     val = tmp_path / "annotations" / "instances_val2017.json"
     names = [dict(id=k, name=str(k)) for k in (2, 5, 9)]
     val.write_text(json.dumps(annotate(categories=names)))
-    assert detect_in(run_dir, tmp_path) == 2
+    assert detect_in(tmp_path) == 2
     assert "other categories" in capsys.readouterr().err
     assert not (run_dir / "detect-coco.pt").exists()
+
+
+# ---------------------------------------------------------------- two processes
+
+def two_samples():
+    """Two images that differ in all but the places of their boxes. So nothing differs in number,
+    and losses, means over what is in a rank's images, have the mean of both."""
+    torch.manual_seed(1)
+    boxes = torch.tensor([[4.0, 8, 30, 40], [30, 20, 60, 60]])
+    samples = []
+    for labels in ([1, 2], [2, 2]):
+        masks = torch.zeros(2, S, S, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int()):
+            mask[y1:y2, x1:x2] = torch.randint(2, mask[y1:y2, x1:x2].shape)
+        target = dict(boxes=boxes, labels=torch.tensor(labels), masks=masks)
+        samples.append((torch.randint(256, (3, S, S), dtype=torch.uint8), target))
+    return samples
+
+
+def gradients():
+    """Of both images; of several ranks each has its share."""
+    net = detector().train()
+    net.rcnn.rpn.fg_bg_sampler.batch_size_per_image = 10 ** 6           # all of them, none by lot
+    net.rcnn.roi_heads.fg_bg_sampler.batch_size_per_image = 10 ** 6
+    net.rcnn.rpn._post_nms_top_n["training"] = 20                       # as many in each image
+    matcher = net.rcnn.roi_heads.proposal_matcher
+    matcher.high_threshold = matcher.low_threshold = 0.999              # only the objects
+    samples = two_samples()
+    parallel = distributed.data_parallel(net)
+    parallel(*collate([samples[i] for i in loop.shared(2)])).backward()
+    return [parameter.grad for parameter in net.parameters()]
+
+
+def write_gradients(folder):
+    distributed.start()
+    torch.save(gradients(), folder / f"{distributed.rank()}.pt")
+    distributed.finish()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    spawn(write_gradients, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert same(*ranks)
+    for found, expected in zip(ranks[0], gradients(), strict=True):
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
