@@ -56,11 +56,12 @@ def draw_detections(pictures, classes, path):
 
 def _objects(axis, shown, classes, colours):
     """Masks in colours (n,) of CYCLE, their boxes, and names in the boxes' upper corners."""
+    from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
     for i in reversed(range(len(shown.labels))):            # the best one last, on top
         colour = CYCLE[colours[i]]
         mask = shown.masks[i]
-        axis.imshow(_tint(mask, colour), interpolation="nearest")
+        axis.imshow(mask[:, :, None] * np.array(to_rgba(colour, 0.4)), interpolation="nearest")
         if 0 < mask.sum() < mask.size:
             axis.contour(mask, levels=[0.5], colors=WHITE, linewidths=0.8)
         x1, y1, x2, y2 = shown.boxes[i] - 0.5               # a pixel's centre has whole numbers
@@ -71,9 +72,3 @@ def _objects(axis, shown, classes, colours):
             words += f" {shown.scores[i]:.2f}"
         axis.text(max(0, x1), max(0, y1), words, fontsize=7.5, color=WHITE, va="top", clip_on=True,
                   bbox=dict(facecolor=colour, edgecolor="none", pad=1.2))
-
-
-def _tint(mask, colour):
-    """A mask (H, W) as a transparent colour (H, W, 4)."""
-    from matplotlib.colors import to_rgba
-    return mask[:, :, None] * np.array(to_rgba(colour, 0.4))
