@@ -11,6 +11,7 @@ Two kinds of traffic. Between hosts, through gloo: who is first, who failed, whe
 devices: gradients, batch statistics, metrics; none of that makes a host wait for its device.
 Checked in tests/test_distributed.py: two processes give the gradients of one.
 """
+import atexit
 import contextlib
 import datetime
 import os
@@ -190,7 +191,8 @@ def first_failure(status):
     """Told by a rank that is about to fail: (whether it is the first, the first one's exit status).
 
     status: the exit status of this rank. The first one alone says why. The others fail too, at the
-    latest when they find that they cannot reach it any more."""
+    latest when they find that they cannot reach it any more. None tears down what it has with the
+    others: see `skip_teardown`."""
     if world_size() == 1:
         return True, status
     claim = f"{rank()} {status}"
@@ -198,8 +200,28 @@ def first_failure(status):
         store = dist.distributed_c10d._get_default_store()
         first = store.compare_set("failed", "", claim).decode()
     except RuntimeError:                # the store is gone, and with it whoever was first
-        return False, status
-    return first == claim, int(first.split()[1])
+        first = f"unknown {status}"
+    status = int(first.split()[1])
+    skip_teardown(status)
+    return first == claim, status
+
+
+def skip_teardown(status):
+    """Have a rank that fails end without Python's teardown, after all it still has to say.
+
+    Its gloo threads may have a tensor to free, as when another rank has just gone. One that waits
+    for the interpreter's lock when the teardown begins aborts the process: its exit status is lost.
+    To call `finish` instead could wait for ever, for ranks that wait for this one."""
+    atexit.register(_end, status)
+
+
+def _end(status):
+    if world_size() > 1:                # else `finish` was called after all
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
 
 def has_lost_a_rank(error):

@@ -383,6 +383,9 @@ def launch(train, parse, argv=None):
         done = train(distributed.on_main(parse, argv))
         distributed.finish()
         return done
+    except SystemExit as error:         # argparse's, or a signal's
+        distributed.skip_teardown(error.code)
+        raise
     except KeyboardInterrupt:
         message = "interrupted before training began; nothing was changed"
         status = 128 + signal.SIGINT

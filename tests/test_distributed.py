@@ -485,6 +485,44 @@ def test_a_failing_rank_ends_all_with_one_line_and_max_restarts_recovers(
     ), err
 
 
+FAILS_WITH_A_BUSY_THREAD = """
+import atexit
+import os
+import sys
+import time
+
+if os.environ["RANK"] == "0":
+    # Registered first, so called last: no Python runs between it and the teardown.
+    atexit.register(sum, range(200_000_000))            # has the interpreter's lock for seconds
+
+import torch
+import torch.distributed as dist
+from plumbing.errors import BadInput
+from plumbing.loop import launch
+
+
+def work(_):
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+        os._exit(0)                                     # whereupon rank 0's thread frees its tensor
+    dist.all_reduce(torch.ones(1), async_op=True)
+    raise BadInput("rank 0 cannot go on")
+
+
+sys.exit(launch(work, lambda argv: None))
+"""
+
+
+def test_a_failing_rank_keeps_its_exit_status_while_gloo_frees_a_tensor(tmp_path, torchrun):
+    """Python's teardown would abort it."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_WITH_A_BUSY_THREAD)
+    job = torchrun(script)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 1 and err.count("error: rank 0 cannot go on") == 1, err
+    assert "failed (exitcode: 2) local_rank: 0" in err and "terminate called" not in err, err
+
+
 KILLED_ONCE = FAILS_ONCE.replace('raise BadInput("rank 1 cannot go on")', "os.kill(os.getpid(), 9)")
 
 
