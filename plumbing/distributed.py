@@ -234,6 +234,10 @@ def has_lost_a_rank(error):
 
 # ---------------------------------------------------------------- between devices
 
+# Torch 2.14 renames it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class _Gather(torch.autograd.Function):
 
     @staticmethod
@@ -241,7 +245,7 @@ class _Gather(torch.autograd.Function):
         ctx.rows = len(x)
         ctx.group = _device_group
         everything = x.new_empty(world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(everything, x.contiguous(), group=ctx.group)
+        _all_gather(everything, x.contiguous(), group=ctx.group)
         return everything
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Two processes on the CPU do what one does: gradients, statistics, exact resume, signals,
 failures, the command users type."""
+import contextlib
 import json
 import os
 import re
@@ -32,11 +33,17 @@ SACCADE = "--dataset folder --mode saccade --image-size 20 --patch-size 8 --view
 TINY = "--width 2 --action-dim 4 --epochs 3 --batch-size 8 --warmup-epochs 1 --device cpu".split()
 
 
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
+
+
 def spawn(work, *args):
     """work(*args) in two processes that torchrun would have started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port, = free_ports(1)
     ranks, started = (
         torch.multiprocessing.spawn(_as_rank, (port, work, args), nprocs=2, join=False),
         time.monotonic(),
@@ -257,11 +264,11 @@ def assert_same_run(one, other):
     assert rows_without_speed(one) == rows_without_speed(other)
 
 
-def several_runs(flags, folder, port):
+def several_runs(flags, folder, ports):
     """One after another, to import PyTorch once. A signal reaches the two ranks one step apart:
     neither may stop alone."""
     ports, rank, original, steps = (
-        iter(range(port, port + 9)),
+        iter(ports),
         int(os.environ["RANK"]),
         train.next_batch,
         [],
@@ -299,7 +306,7 @@ def test_runs_of_two_processes(photos, tmp_path):
     """Exact resume after a signal; a checkpoint for any number of processes; bad input and NaN are
     one line of all ranks."""
     flags = [*SACCADE, *TINY, "--data-dir", str(photos), "--out", str(tmp_path)]
-    spawn(several_runs, flags, tmp_path, 20_000 + os.getpid() % 10_000)
+    spawn(several_runs, flags, tmp_path, free_ports(5))
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     errors = [
         line
