@@ -185,7 +185,7 @@ def test_i_jepa_s_largest_are_recognised_by_their_sizes(patch_size, image_size):
     config = settings.check(settings.Config(**outside_settings(found, typed)))
     assert (config.encoder, config.image_size, config.method) == ("vit-huge", image_size, "i-jepa")
     assert vit.grid == (image_size // patch_size,) * 2
-    assert found.state.keys() == vit.state_dict().keys()
+    assert found.state.keys() - {"pos_embed"} == vit.state_dict().keys()
 
 
 def test_our_own_encoder_pt_takes_its_sizes_from_flags():
@@ -225,11 +225,11 @@ def nan(value):
 
 
 @pytest.mark.parametrize("change, words", [
-    (add("blocks.0.ls1.gamma", 128), "blocks.0.ls1.gamma has no place here: LayerScale"),
-    (add("reg_token", 1, 4, 128), "reg_token has no place here: register tokens"),
-    (add("dist_token", 1, 1, 128), "dist_token has no place here: a distillation"),
-    (add("blocks.3.mlp.w12.weight", 9, 9), "blocks.3.mlp.w12.weight has no place here: SwiGLU"),
-    (add("blocks.1.attn.q_norm.weight", 32), "blocks.1.attn.q_norm.weight has no place"),
+    (add("blocks.0.ls1.gamma", 128), "blocks.0.ls1.gamma (128,) has no place here"),
+    (add("reg_token", 1, 4, 128), "reg_token (1, 4, 128) has no place here"),
+    (add("dist_token", 1, 1, 128), "dist_token (1, 1, 128) has no place here"),
+    (add("blocks.3.mlp.w12.weight", 9, 9), "blocks.3.mlp.w12.weight (9, 9) has no place"),
+    (add("blocks.1.attn.q_norm.weight", 32), "blocks.1.attn.q_norm.weight (32,) has no place"),
     (add("surprise", 1), "surprise (1,) has no place here"),
     (drop("blocks.0.attn.qkv.bias"), "blocks.0.attn.qkv.bias is missing, expected of shape (384,)"),
     (drop("norm.weight"), "norm.weight is missing"),
