@@ -1,11 +1,13 @@
 """The command line of evaluate.py: its flags, and their bounds.
 
     parse(argv, probes, modes, encoders, datasets)  ->  options, with the flags as attributes
+    result_path(options)                            ->  where the numbers go
 
 What is offered comes from the caller. What of it goes together, only evaluate.py can say, for that
 depends on the run. Checked in tests/test_evaluate.py and tests/test_hostile_evaluate.py.
 """
 import argparse
+from pathlib import Path
 
 from plumbing import flags
 from plumbing.errors import BadInput
@@ -85,8 +87,8 @@ def add_rest(p):
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--json", metavar="FILE",
                    help="where the numbers go (default: probes.json in the run's folder, or "
-                        "probes-PROBE-DATASET.json for some of them; with --weights beside "
-                        "FILE)")
+                        "probes-PROBE-DATASET-limitN.json for some of them; with --weights "
+                        "beside FILE)")
     p.add_argument("--figures", action="store_true",
                    help="draw the figures and report.html into the run's folder")
 
@@ -119,3 +121,28 @@ def check_bounds(options):
                        f"and at most {MOST_EPOCHS:,}; the papers' longest take 300")
     if options.limit is not None and options.limit < 0:
         raise BadInput(f"--limit {options.limit}: must be at least 0, which means all")
+
+
+def of_limit(options):
+    """What ends the names of an evaluation's files: of another --limit they are another result."""
+    return "" if options.limit is None else f"-limit{options.limit}"
+
+
+def result_path(options):
+    """Where the numbers go. A part of the probes, or of the data, does not replace the whole.
+
+    Of --weights there may be many files in a folder, and no run's name tells their data apart: the
+    file's name comes first, and no earlier result is replaced."""
+    if options.json is not None:
+        return Path(options.json)
+    words = ["probes", *options.probe]
+    if options.dataset:
+        words.append(options.dataset)
+    if options.weights is not None:
+        words.insert(0, Path(options.weights).stem)
+    folder = Path(options.weights or options.checkpoint).parent
+    result = folder / f"{'-'.join(words)}{of_limit(options)}.json"
+    if options.weights is not None and result.is_file():
+        raise BadInput(f"{result}: has the numbers of an earlier evaluation; say with --json where "
+                       "these go")
+    return result

@@ -3,6 +3,9 @@ clear refusals."""
 import csv
 import dataclasses
 import json
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from dense import probes as dense_probes
 from figures.runs import draw_transfer
 from plumbing import runs
 from plumbing.errors import BadInput
+from plumbing.evaluate_flags import result_path
 from plumbing.runs import load_checkpoint
 
 CPU = torch.device("cpu")
@@ -221,20 +225,6 @@ def test_the_paper_s_column_goes_with_every_field_that_teaches(field, monkeypatc
         value = "signature"                                 # a folder of maps may be DeepGaze's
     changed = dataclasses.replace(config, **{field.name: value})
     assert bool(evaluate.paper_numbers(changed)) == (field.name in evaluate.NOT_LEARNED)
-
-
-def test_table_is_aligned_and_says_what_is_missing():
-    top1 = probes.row("classify", "class", "z", "linear classifier", 300, "top-1 %", 81.234)
-    score = probes.row("action", "position", "z_1, z_2", "linear", 50, "R2", 0.5)
-    rows = [top1 | dict(untrained=20.0, paper=81.2), score | dict(untrained=-0.01, paper=None)]
-    lines = evaluate.table(rows).splitlines()
-    assert (
-        "81.2" in lines[1]
-        and "0.500" in lines[2]
-        and "-0.010" in lines[2]
-        and lines[2].endswith("-")
-    )
-    assert len({line.index(unit) for line, unit in zip(lines, ("unit", "top-1 %", "R2"))}) == 1
 
 
 @pytest.mark.parametrize(
@@ -451,6 +441,87 @@ def test_classes_of_the_data_are_said(trained, tmp_path, capsys):
     assert evaluate.main([str(run / "last.pt"), *flags]) == 0
     assert "27 training and 3 validation samples of 3 classes" in capsys.readouterr().out
     assert json.loads((run / "probes.json").read_text())["classes"] == 3
+
+
+# ---------------------------------------------------------------- what is kept of an evaluation
+
+def test_what_trains_a_network_is_computed_first_and_shown_in_its_place(monkeypatch):
+    """It may refuse what it kept of another training; features are then not extracted in vain."""
+    called = []
+
+    def probe(name):
+        def rows(model, train, val, setup):
+            called.append((name, train))
+            yield probes.row(name, "class", "z", "none", 0, "top-1 %", 1.0)
+        return rows
+
+    for name in ("linear", "finetune", "knn"):
+        monkeypatch.setitem(evaluate.PROBES, name, probe(name))
+    def extract(model, setup):
+        called.append("extracted")
+        return "train", "val"
+
+    rules = dataclasses.replace(evaluate.PROTOCOLS["regions"], measure=extract)
+    setup = probes.Setup({}, CPU, 0, M_train=1, probes=("linear", "finetune", "knn"))
+    rows = evaluate.measure("model", setup, rules)
+    assert [row["probe"] for row in rows] == ["linear", "finetune", "knn"]
+    assert called == [("finetune", None), "extracted", ("linear", "train"), ("knn", "train")]
+
+
+def test_fine_tuning_that_was_kept_is_refused_for_other_epochs_before_all_else(trained, capsys,
+                                                                               monkeypatch):
+    run = trained("regions")
+    command = [str(run / "last.pt"), "--probe", "linear", "finetune", "--samplings", "1",
+               "--limit", "8", "--probe-epochs"]
+    assert evaluate.main([*command, "1"]) == 0
+    kept = (run / "finetune-folder-limit8.pt").read_bytes()
+    result = (run / "probes-linear-finetune-limit8.json").read_bytes()
+    never = dataclasses.replace(evaluate.PROTOCOLS["regions"],
+                                measure=lambda *_: pytest.fail("features were extracted"))
+    monkeypatch.setitem(evaluate.PROTOCOLS, "regions", never)
+    capsys.readouterr()
+    assert evaluate.main([*command, "2"]) == 2
+    assert "finetune-folder-limit8.pt: is of a training on" in capsys.readouterr().err
+    assert (run / "finetune-folder-limit8.pt").read_bytes() == kept
+    assert (run / "probes-linear-finetune-limit8.json").read_bytes() == result
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "probes.json"),
+    (["--limit", "100"], "probes-limit100.json"),
+    (["--limit", "0"], "probes-limit0.json"),
+    (["--probe", "knn"], "probes-knn.json"),
+    (["--probe", "segment", "--dataset", "scenes", "--limit", "100"],
+     "probes-segment-scenes-limit100.json"),
+    (["--limit", "100", "--json", "elsewhere/x.json"], "../elsewhere/x.json"),
+])
+def test_no_part_of_the_probes_or_of_the_data_replaces_the_whole(flags, name):
+    of_run = result_path(evaluate.parse(["runs/last.pt", *flags]))
+    of_weights = result_path(evaluate.parse(["--weights", "runs/v.it.pth", *flags]))
+    assert of_run == Path(os.path.normpath(f"runs/{name}"))
+    assert of_weights == (of_run if "--json" in flags else Path(f"runs/v.it-{name}"))
+
+
+def test_an_evaluation_of_another_limit_leaves_all_of_the_first(trained, tmp_path):
+    """Its numbers, and the pictures of a dense task; the report has those that belong to it."""
+    run = trained("regions")
+    command = [str(run / "last.pt"), "--probe", "segment-linear", "--dataset", "scenes",
+               "--data-dir", str(tmp_path), "--quick", "--probe-epochs", "1", "--figures",
+               "--limit"]
+    shown = {}
+    before = {}
+    for flags in (["8"], ["12", "--no-untrained"]):
+        assert evaluate.main([*command, *flags]) == 0
+        assert all(path.read_bytes() == data for path, data in before.items())
+        before = {path: path.read_bytes() for path in run.glob("*-limit*")}
+        shown[flags[0]] = re.findall("<h2>(.*?)</h2>", (run / "report.html").read_text())
+    names = ["probes-segment-linear-scenes-limit8.json", "segment-linear-scenes-limit8.png",
+             "segment-linear-scenes-limit8-untrained.png",
+             "probes-segment-linear-scenes-limit12.json", "segment-linear-scenes-limit12.png"]
+    assert sorted(path.name for path in before) == sorted(names)
+    name = "segment-linear-scenes-limit"
+    assert shown["8"] == ["Probes", "curves", f"{name}8-untrained", f"{name}8"]
+    assert shown["12"] == ["Probes", "curves", f"{name}12"]
 
 
 class Trap:
