@@ -3,12 +3,9 @@
     python evaluate.py runs/NAME/last.pt                     every probe that applies, one table
     python evaluate.py runs/NAME/last.pt --views 1 3 5       other inference lengths M_val
     python evaluate.py runs/NAME/last.pt --probe action path --figures
-    python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR
-                                                             another data set (B.6)
+    python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR     B.6
     python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset cub --data-dir DIR
-                                                             a ViT on another data set
-    python evaluate.py --weights FILE --dataset folder --data-dir DIR
-                                                             weights of others (sources/weights.py)
+    python evaluate.py --weights FILE --dataset folder --data-dir DIR         weights of others
     torchrun --nproc-per-node 8 evaluate.py runs/NAME/last.pt --probe segment --dataset ade20k ...
                                                              a dense task (docs/dense.md)
 
@@ -20,7 +17,6 @@ PROTOCOLS has one row for each mode. The probes themselves are in probes.py, pro
 if they train a network of their own, in dense/.
 Checked in tests/test_evaluate.py.
 """
-import csv
 import dataclasses
 import functools
 import json
@@ -43,21 +39,20 @@ from dense import probes as dense
 from encoder import VITS
 from figures import regions as figures_of_regions
 from figures import sequences as figures
+from figures.papers import paper_numbers
 from plumbing import command, distributed, evaluate_flags, flags
 from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
 from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from plumbing.loop import launch
-from plumbing.report import table, write_report
+from plumbing.report import show, write_report
 from plumbing.runs import load_checkpoint, restore
 from sources.weights import from_file
 
-PAPERS = Path(__file__).with_name("papers.csv")
 SETTLE_BATCHES = 20
 ONLINE_LIMIT = 2000             # samples of each split that an online probe looks at
 ONLINE_EPOCHS = 50              # of its heads
-
 
 # (model, train features, val features, setup) -> rows of the table
 PROBES = {
@@ -74,8 +69,6 @@ PROBES = {
     "finetune": dense.later("dense.finetune", "probe_finetune"),
     **dense.PROBES,
 }
-
-
 AGGREGATE = ("path", "invariance", "retrieval", "transfer")     # of these: what reads z_agg alone
 FROM_SCRATCH = ("finetune",)            # on the untrained model: training from scratch, for days
 
@@ -138,52 +131,6 @@ def protocol(mode):
     return PROTOCOLS[mode]
 
 
-# ---------------------------------------------------------------- what the papers report
-
-VARIED = ("dataset", "mode", "method", "encoder", "condition", "views")     # by the papers' tables
-# Fields of Config that change nothing of what is learned, but by chance.
-NOT_LEARNED = ("data_dir", "download", "workers", "resident", "keep_every", "seed", "device", "amp",
-               "compile", "probe_every", "out", "name", "resume", "accumulate")
-
-
-def as_published(config):
-    """Whether a run was the papers': its preset's in every field that changes what is learned.
-
-    Fixations were drawn from DeepGaze's saliency maps, computed or published; ours are others."""
-    varied = {name: getattr(config, name) for name in VARIED}
-    preset = settings.preset(config.dataset, config.mode, method=config.method,
-                             projector=config.projector, recipe=config.recipe)
-    preset = settings.Config(**preset | varied)
-    if config.encoder == "vit-huge":
-        preset = dataclasses.replace(preset, image_size=448, epochs=300)
-    if config.mode == "saccade":
-        if config.saliency in ("signature", "uniform"):
-            return False
-        preset = dataclasses.replace(preset, saliency=config.saliency)
-    if config.views > preset.object_views - 1:          # more views than its objects have
-        return False
-    expected = dataclasses.asdict(settings.check(preset))
-    found = dataclasses.asdict(config)
-    return all(found[name] == expected[name] for name in found if name not in NOT_LEARNED)
-
-
-def paper_numbers(config, dataset=None):
-    """{(probe, predicts, from): value} that the papers report for a run with these settings, or {}.
-
-    dataset: what it is probed on, if not on its own (column `probed` of papers.csv).
-    A --quick run, other saliency or an ablation that has no row cannot be put beside them."""
-    if not as_published(config):
-        return {}
-    numbers = {}
-    with open(PAPERS, newline="") as file:
-        for line in csv.DictReader(file):
-            same = all(line[name] in ("", str(getattr(config, name))) for name in VARIED)
-            if same and (line["probed"] or config.dataset) == (dataset or config.dataset):
-                key = line["probe"], line["predicts"], line["from"]
-                numbers[key] = float(line["value"])
-    return numbers
-
-
 # ---------------------------------------------------------------- the two models, the table
 
 def evaluate(options):
@@ -214,7 +161,7 @@ def evaluate(options):
     if distributed.is_main():
         result = described(options, source, data, setup, rows)
         result["seconds"] = round(time.monotonic() - started, 1)
-        show(result)
+        show(result, sampled=not set(names) <= set(dense.NO_FEATURES))
         text = json.dumps(result, indent=1) + "\n"
         save_atomically(source.result, lambda part: part.write_text(text))
         if options.figures:
@@ -263,7 +210,7 @@ def draw(model, source, setup, beside, result):
     folder = source.path.parent
     if result["dataset"] in dense.READERS:
         pictures = [setup.file(name, ".png") for name in setup.probes]
-        pictures += [untrained(setup, beside).file(name, ".png") for name in beside]
+        pictures += [of_twin(setup, beside).file(name, ".png") for name in beside]
     else:
         rules = protocol(source.config.mode)
         pictures = []
@@ -280,17 +227,6 @@ def open_data(data, device):
     return {split: read(data, split) for split in ("train", "val")}
 
 
-def show(result):
-    """Print the table, and what a reader must know of it."""
-    print(table(result["rows"]))
-    words = "{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
-    if {row["probe"] for row in result["rows"]} - set(dense.NO_FEATURES):
-        words += "{samplings} view samplings of a training sample; "
-    print((words + "{seconds:.0f} s on {device}").format(**result))
-    for remark in result["remarks"]:
-        print(f"note: {remark}")
-
-
 def two_models(source, views, device, untrained=True):
     """The trained model, and one of the same shape that has learnt nothing, or None."""
     groups = getattr(views["val"], "groups", {})        # dense data has no actions
@@ -303,7 +239,7 @@ def two_models(source, views, device, untrained=True):
     return model.to(device), twin
 
 
-def untrained(setup, beside):
+def of_twin(setup, beside):
     """The Setup of the twin, whose files are not those of the trained model."""
     return dataclasses.replace(setup, tag=f"{setup.tag}-untrained", probes=beside)
 
@@ -314,7 +250,7 @@ def measure_both(model, twin, setup, rules, paper, beside):
     twin: None leaves the untrained out.  paper: {(probe, predicts, from): value}
     beside: names of the probes that the untrained is put to as well."""
     rows = measure(model, setup, rules)
-    others = iter(measure(twin, untrained(setup, beside), rules) if twin else ())
+    others = iter(measure(twin, of_twin(setup, beside), rules) if twin else ())
     for row in rows:
         other = next(others)["value"] if twin and row["probe"] in beside else None
         row["untrained"] = None if row["from"] == "nothing" else other
@@ -417,12 +353,6 @@ def online(model, views, config, device, due=True):
 
 # ---------------------------------------------------------------- the command line
 
-# Flags that say, with --weights, what is in the file and what it is probed on.
-DESCRIBE = ("mode", "dataset", "encoder", "image_size", "patch_size", "saliency", "data_dir",
-            "limit")
-SEEN = ("image_size", "patch_size", "saliency")         # how other data is seen
-
-
 class Source(NamedTuple):
     """What is probed: a run's checkpoint, or weights from outside."""
     path: Path
@@ -438,17 +368,11 @@ class Source(NamedTuple):
         return self.step is not None
 
 
-def typed(options, names):
-    """{name: value} of these flags, without those that were left out."""
-    found = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def from_run(options):
     """The Source of a run's checkpoint; its Config with what the command line says of the data."""
     path = Path(options.checkpoint)
     checkpoint = load_checkpoint(path)
-    changes = typed(options, ("data_dir", "limit"))
+    changes = evaluate_flags.typed(options, ("data_dir", "limit"))
     if options.data_dir and not options.dataset:
         # Where the run's data moved to: a wrong folder is to be said, not filled.
         changes["download"] = False
@@ -463,12 +387,12 @@ def from_outside(options):
     # The authors' actions of augmented views are no function of two views: only z is as ours.
     found = from_file(path, encoder_only=options.mode == "augment")
     result = evaluate_flags.result_path(options)
-    said = typed(options, DESCRIBE)
-    used_up = set(DESCRIBE) - {"limit"}
+    typed = evaluate_flags.typed(options, evaluate_flags.DESCRIBE)
+    used_up = set(evaluate_flags.DESCRIBE) - {"limit"}
     if options.dataset in dense.READERS:        # no data to learn from: the model's are ImageNet's
-        said |= dict(dataset="imagenet", limit=0)
+        typed |= dict(dataset="imagenet", limit=0)
         used_up.remove("dataset")
-    config, fill, remarks = outside_model(found, said)
+    config, fill, remarks = outside_model(found, typed)
     for name in used_up:            # in what follows they mean other data than the model's
         setattr(options, name, None)
     return Source(path, config, config, fill, result, remarks=remarks)
@@ -483,12 +407,11 @@ def choose_probes(options, config):
     if not names and options.dataset and not rules.any_images:
         names = ("transfer",)
     for name in names:
-        if name not in offered:
-            raise BadInput(f"--probe {name}: does not apply to mode {config.mode}; "
-                           f"choose from {', '.join(usable)}")
+        why = f"does not apply to mode {config.mode}"
+        if name in offered:
+            why = f"reads z_agg, and {gathers_none(config)} into one"
         if name not in usable:
-            raise BadInput(f"--probe {name}: reads z_agg, and {gathers_none(config)} into one; "
-                           f"choose from {', '.join(usable)}")
+            raise BadInput(f"--probe {name}: {why}; choose from {', '.join(usable)}")
     names = names or tuple(name for name in rules.probes if name in usable)
     if "cls" in options.probe and not config.cls:
         raise BadInput("--probe cls: the run was trained without [CLS]; leave it out")
@@ -510,7 +433,7 @@ def choose_data(options, config):
     any_images = protocol(config.mode).any_images
     if other and options.figures:
         raise BadInput("--figures: shows the run's own data; leave it out with --dataset")
-    changes = typed(options, SEEN)
+    changes = evaluate_flags.typed(options, evaluate_flags.SEEN)
     for name in changes:
         if not other:
             raise BadInput(f"{flags.name_of(name)}: only with --probe transfer; "
@@ -531,10 +454,10 @@ def choose_data(options, config):
 
 def choose_lengths(options, config, names):
     """M_val in ascending order, none without z_agg; the invariance probe needs that of training."""
-    if options.views and not config.aggregates:
-        raise BadInput(f"--views {options.views[0]}: {gathers_none(config)} into z_agg; "
-                       "leave it out")
     if not config.aggregates:
+        if options.views:
+            raise BadInput(f"--views {options.views[0]}: {gathers_none(config)} into z_agg; "
+                           "leave it out")
         return ()
     lengths = set(options.views or protocol(config.mode).lengths)
     if "invariance" in names:

@@ -1,6 +1,7 @@
 """The command line of evaluate.py: its flags, and their bounds.
 
     parse(argv, probes, modes, encoders, datasets)  ->  options, with the flags as attributes
+    typed(options, names)                           ->  {name: value} of what was not left out
     result_path(options)                            ->  where the numbers go
 
 What is offered comes from the caller. What of it goes together, only evaluate.py can say, for that
@@ -15,6 +16,11 @@ from plumbing.errors import BadInput
 MOST_VIEWS = 100                # M_val, ten times the papers' longest
 MOST_EPOCHS = 10_000            # of a head; the papers' longest take 300
 MOST_SAMPLINGS = 300            # of a training sample; an epoch sees one of them
+
+# Flags that say, with --weights, what is in the file and what it is probed on ...
+DESCRIBE = ("mode", "dataset", "encoder", "image_size", "patch_size", "saliency", "data_dir",
+            "limit")
+SEEN = ("image_size", "patch_size", "saliency")     # ... and, with a run, how other data is seen
 
 
 def parse(argv, *, probes, modes, encoders, datasets):
@@ -121,6 +127,12 @@ def check_bounds(options):
                        f"and at most {MOST_EPOCHS:,}; the papers' longest take 300")
     if options.limit is not None and options.limit < 0:
         raise BadInput(f"--limit {options.limit}: must be at least 0, which means all")
+
+
+def typed(options, names):
+    """{name: value} of these flags, without those that were left out."""
+    found = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def of_limit(options):

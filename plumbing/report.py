@@ -1,6 +1,6 @@
 """What evaluate.py found, as text for a terminal and as one page to send to a colleague.
 
-    table(rows)                                 aligned text
+    show(result, sampled)                       prints the table, and what a reader must know of it
     write_report(run_dir, result, pictures)     report.html: the table, the settings and these
                                                 pictures; nothing else is needed to view it
 
@@ -26,6 +26,17 @@ HEADS = ["trained" if key == "value" else key for key in COLUMNS]
 FIRST = ("views.png", "curves.png")             # what a reader wants first; the rest by name
 
 
+def show(result, sampled):
+    """Print a result, the content of probes.json.  sampled: whether views or crops were drawn."""
+    print(table(result["rows"]))
+    words = "{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
+    if sampled:
+        words += "{samplings} view samplings of a training sample; "
+    print((words + "{seconds:.0f} s on {device}").format(**result))
+    for remark in result["remarks"]:
+        print(f"note: {remark}")
+
+
 def table(rows):
     """Rows as aligned text."""
     lines = [HEADS, *map(_cells, rows)]
@@ -37,8 +48,7 @@ def table(rows):
 def write_report(run_dir, result, pictures):
     """Write run_dir/report.html and return its path.
 
-    result: the content of probes.json.  pictures: paths of those that belong to it; of what is no
-    file, none is shown."""
+    pictures: paths of those that belong to the result; what is no file is left out."""
     config = result["config"]               # the checkpoint's own: config.json could be another's
     said = {key: escape(str(value)) for key, value in config.items()}
     name = said["name"]
