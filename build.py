@@ -78,6 +78,8 @@ def build_region_jepa(config, groups):
     """DSeq-JEPA and its relatives: ViT, narrow ViT as predictor, a plan of who predicts whom."""
     encoder = ViT(config.encoder, image_size=config.image_size, patch_size=config.patch_size,
                   cls=config.cls)
+    if isinstance(config, EncoderAlone):
+        return Alone(encoder)
     predictor = RegionPredictor(dim=encoder.dim, width=config.predictor_width,
                                 depth=config.predictor_depth, grid=encoder.grid)
     if "dseq" in config.method:
@@ -131,22 +133,35 @@ def stem(config):
 # ---------------------------------------------------------------- weights from outside
 
 class EncoderAlone(settings.Config):
-    """Settings for a file that has f_theta and nothing that would gather views."""
+    """Settings for a file that has f_theta and nothing that would gather views or predict."""
     aggregates = False
 
 
-def outside_model(found, typed):
-    """What probes need of weights from outside: (Config, fill), fill: model of this Config -> None.
+class Alone(torch.nn.Module):
+    """A ViT without context encoder and predictor, which no probe of mode `regions` reads."""
 
-    found: sources.weights.Weights.  typed: {field of Config: what the user says}; what the file
-    tells must agree, the rest is the preset's.
+    def __init__(self, encoder):
+        super().__init__()
+        self.representation = encoder.requires_grad_(False)
+
+
+def outside_model(found, typed):
+    """What probes need of weights from outside: (Config, fill, remarks on the numbers).
+
+    fill: model of this Config -> None.  found: sources.weights.Weights.
+    typed: {field of Config: what the user says}; what the file tells must agree, the rest is the
+    preset's.
     Raises: BadInput for what does not agree or does not fit, before any data is read."""
-    kind = EncoderAlone if found.kind == "resnet18" else settings.Config
+    kind = settings.Config if found.kind == "seq-jepa" else EncoderAlone
     config = settings.check(kind(**outside_settings(found, typed)))
     flags.refuse_ignored(typed, config, settings.readers)
     with torch.device("meta"):
         weights.check(part_of(build_model(config, MODES[config.mode].groups), found), found)
-    return config, lambda model: weights.fill(part_of(model, found), found)
+    if found.kind == "vit" and "image_size" not in found.facts | typed:
+        found = found.remark("the file does not say for images of which size its ViT is (it has no "
+                             f"pos_embed): {config.image_size} pixels are assumed; say another "
+                             "with --image-size")
+    return config, lambda model: weights.fill(part_of(model, found), found), found.remarks
 
 
 def outside_settings(found, typed):

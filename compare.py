@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import Config
-from evaluate import NOT_LEARNED
 from figures import runs as figures
+from figures.papers import NOT_LEARNED
 from plumbing import command, flags
 from plumbing.command import refuse_unwritable
 from plumbing.errors import BadInput, printable

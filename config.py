@@ -464,6 +464,9 @@ def check_regions(c):
     if c.cls is None:
         c = dataclasses.replace(c, cls="dseq" in c.method)
     depth = VITS[c.encoder][1]
+    if c.saliency_block > depth and c.saliency_block == RECIPES[c.recipe].get("saliency_block"):
+        raise BadInput(f"--recipe {c.recipe}: is of vit-base, and the encoder is {c.encoder}; "
+                       "leave it out, or add --encoder vit-base")
     if not 0 <= c.saliency_block <= depth:
         raise BadInput(f"--saliency-block {c.saliency_block}: {c.encoder} has blocks 1 to {depth}; "
                        "0 = the default")

@@ -3,12 +3,9 @@
     python evaluate.py runs/NAME/last.pt                     every probe that applies, one table
     python evaluate.py runs/NAME/last.pt --views 1 3 5       other inference lengths M_val
     python evaluate.py runs/NAME/last.pt --probe action path --figures
-    python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR
-                                                             another data set (B.6)
+    python evaluate.py runs/NAME/last.pt --probe transfer --dataset imagenet --data-dir DIR     B.6
     python evaluate.py runs/NAME/last.pt --probe linear finetune --dataset cub --data-dir DIR
-                                                             a ViT on another data set
-    python evaluate.py --weights FILE --dataset folder --data-dir DIR
-                                                             weights of others (sources/weights.py)
+    python evaluate.py --weights FILE --dataset folder --data-dir DIR         weights of others
     torchrun --nproc-per-node 8 evaluate.py runs/NAME/last.pt --probe segment --dataset ade20k ...
                                                              a dense task (docs/dense.md)
 
@@ -20,7 +17,6 @@ PROTOCOLS has one row for each mode. The probes themselves are in probes.py, pro
 if they train a network of their own, in dense/.
 Checked in tests/test_evaluate.py.
 """
-import csv
 import dataclasses
 import functools
 import json
@@ -43,21 +39,20 @@ from dense import probes as dense
 from encoder import VITS
 from figures import regions as figures_of_regions
 from figures import sequences as figures
+from figures.papers import paper_numbers
 from plumbing import command, distributed, evaluate_flags, flags
 from plumbing.command import refuse_unwritable
 from plumbing.device import pick_device, seed_all
 from plumbing.errors import BadInput, printable
 from plumbing.files import save_atomically
 from plumbing.loop import launch
-from plumbing.report import write_report
+from plumbing.report import show, write_report
 from plumbing.runs import load_checkpoint, restore
 from sources.weights import from_file
 
-PAPERS = Path(__file__).with_name("papers.csv")
 SETTLE_BATCHES = 20
 ONLINE_LIMIT = 2000             # samples of each split that an online probe looks at
 ONLINE_EPOCHS = 50              # of its heads
-
 
 # (model, train features, val features, setup) -> rows of the table
 PROBES = {
@@ -74,8 +69,6 @@ PROBES = {
     "finetune": dense.later("dense.finetune", "probe_finetune"),
     **dense.PROBES,
 }
-
-
 AGGREGATE = ("path", "invariance", "retrieval", "transfer")     # of these: what reads z_agg alone
 FROM_SCRATCH = ("finetune",)            # on the untrained model: training from scratch, for days
 
@@ -138,52 +131,6 @@ def protocol(mode):
     return PROTOCOLS[mode]
 
 
-# ---------------------------------------------------------------- what the papers report
-
-VARIED = ("dataset", "mode", "method", "encoder", "condition", "views")     # by the papers' tables
-# Fields of Config that change nothing of what is learned, but by chance.
-NOT_LEARNED = ("data_dir", "download", "workers", "resident", "keep_every", "seed", "device", "amp",
-               "compile", "probe_every", "out", "name", "resume", "accumulate")
-
-
-def as_published(config):
-    """Whether a run was the papers': its preset's in every field that changes what is learned.
-
-    Fixations were drawn from DeepGaze's saliency maps, computed or published; ours are others."""
-    varied = {name: getattr(config, name) for name in VARIED}
-    preset = settings.preset(config.dataset, config.mode, method=config.method,
-                             projector=config.projector, recipe=config.recipe)
-    preset = settings.Config(**preset | varied)
-    if config.encoder == "vit-huge":
-        preset = dataclasses.replace(preset, image_size=448, epochs=300)
-    if config.mode == "saccade":
-        if config.saliency in ("signature", "uniform"):
-            return False
-        preset = dataclasses.replace(preset, saliency=config.saliency)
-    if config.views > preset.object_views - 1:          # more views than its objects have
-        return False
-    expected = dataclasses.asdict(settings.check(preset))
-    found = dataclasses.asdict(config)
-    return all(found[name] == expected[name] for name in found if name not in NOT_LEARNED)
-
-
-def paper_numbers(config, dataset=None):
-    """{(probe, predicts, from): value} that the papers report for a run with these settings, or {}.
-
-    dataset: what it is probed on, if not on its own (column `probed` of papers.csv).
-    A --quick run, other saliency or an ablation that has no row cannot be put beside them."""
-    if not as_published(config):
-        return {}
-    numbers = {}
-    with open(PAPERS, newline="") as file:
-        for line in csv.DictReader(file):
-            same = all(line[name] in ("", str(getattr(config, name))) for name in VARIED)
-            if same and (line["probed"] or config.dataset) == (dataset or config.dataset):
-                key = line["probe"], line["predicts"], line["from"]
-                numbers[key] = float(line["value"])
-    return numbers
-
-
 # ---------------------------------------------------------------- the two models, the table
 
 def evaluate(options):
@@ -196,7 +143,8 @@ def evaluate(options):
         refuse_unwritable(folder / "report.html", "leave out --figures")
     device = distributed.own_device(pick_device(options.device))
     distributed.connect(device)
-    names, data = choose_probes(options, source.config)
+    names = choose_probes(options, source.config)
+    data = choose_data(options, source.config)
     if set(names) & set(dense.NO_FEATURES):
         refuse_unwritable(folder / "network.pt", f"--probe {' '.join(names)} keeps what it trains "
                           "and draws there; copy the checkpoint to a folder of yours")
@@ -213,11 +161,11 @@ def evaluate(options):
     if distributed.is_main():
         result = described(options, source, data, setup, rows)
         result["seconds"] = round(time.monotonic() - started, 1)
-        show(result)
+        show(result, sampled=not set(names) <= set(dense.NO_FEATURES))
         text = json.dumps(result, indent=1) + "\n"
         save_atomically(source.result, lambda part: part.write_text(text))
         if options.figures:
-            draw(model, source, data, setup, result)
+            draw(model, source, setup, beside, result)
     return 0
 
 
@@ -228,12 +176,13 @@ def prepare(options, source, names, data, device):
     settings.check(config)
     settings.check_views(dataclasses.replace(config, views=max((2, *lengths))))
     views = distributed.in_turn(open_data, data, device)
-    tag = data.dataset if source.of_run else f"{source.path.stem}-{data.dataset}"
+    whose = "" if source.of_run else f"{source.path.stem}-"
     return probes.Setup(
         views, device, config.seed, M_train=config.views, lengths=lengths, probes=names,
         heads=protocol(config.mode).heads, samplings=options.samplings,
         probe_epochs=options.probe_epochs, quick=config.quick or options.quick,
-        amp=options.amp and device.type == "cuda", folder=source.path.parent, tag=tag)
+        amp=options.amp and device.type == "cuda", folder=source.path.parent,
+        tag=f"{whose}{data.dataset}{evaluate_flags.of_limit(options)}")
 
 
 def probed_beside(options, names):
@@ -256,33 +205,26 @@ def described(options, source, data, setup, rows):
         rows=rows, remarks=[*source.remarks, *remarks_on(setup.views, source.config)])
 
 
-def draw(model, source, data, setup, result):
+def draw(model, source, setup, beside, result):
     """The figures and the report, into the run's folder. Dense probes have drawn theirs."""
     folder = source.path.parent
-    figures = ()
-    if data.dataset not in dense.READERS:
+    if result["dataset"] in dense.READERS:
+        pictures = [setup.file(name, ".png") for name in setup.probes]
+        pictures += [of_twin(setup, beside).file(name, ".png") for name in beside]
+    else:
         rules = protocol(source.config.mode)
-        figures = rules.draw(model, setup.views["val"], source.config, result["rows"], folder)
-    for figure in figures:
-        print(f"drew {printable(figure)}")
-    print(f"wrote {printable(write_report(folder, result))}")
+        pictures = []
+        for picture in rules.draw(model, setup.views["val"], source.config, result["rows"], folder):
+            print(f"drew {printable(picture)}")
+            pictures.append(picture)
+    report = write_report(folder, result, [folder / "curves.png", *pictures])
+    print(f"wrote {printable(report)}")
 
 
 def open_data(data, device):
     """Both splits of the data of this Config: samplers of views, or what dense probes read."""
     read = dense.READERS.get(data.dataset, functools.partial(build_views, device=device))
     return {split: read(data, split) for split in ("train", "val")}
-
-
-def show(result):
-    """Print the table, and what a reader must know of it."""
-    print(table(result["rows"]))
-    words = "{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
-    if {row["probe"] for row in result["rows"]} - set(dense.NO_FEATURES):
-        words += "{samplings} view samplings of a training sample; "
-    print((words + "{seconds:.0f} s on {device}").format(**result))
-    for remark in result["remarks"]:
-        print(f"note: {remark}")
 
 
 def two_models(source, views, device, untrained=True):
@@ -297,16 +239,18 @@ def two_models(source, views, device, untrained=True):
     return model.to(device), twin
 
 
+def of_twin(setup, beside):
+    """The Setup of the twin, whose files are not those of the trained model."""
+    return dataclasses.replace(setup, tag=f"{setup.tag}-untrained", probes=beside)
+
+
 def measure_both(model, twin, setup, rules, paper, beside):
     """All rows of the trained model, each with the untrained one's number and the paper's, or None.
 
     twin: None leaves the untrained out.  paper: {(probe, predicts, from): value}
     beside: names of the probes that the untrained is put to as well."""
     rows = measure(model, setup, rules)
-    others = iter(())
-    if twin:
-        setup = dataclasses.replace(setup, tag=f"{setup.tag}-untrained", probes=beside)
-        others = iter(measure(twin, setup, rules))
+    others = iter(measure(twin, of_twin(setup, beside), rules) if twin else ())
     for row in rows:
         other = next(others)["value"] if twin and row["probe"] in beside else None
         row["untrained"] = None if row["from"] == "nothing" else other
@@ -317,18 +261,28 @@ def measure_both(model, twin, setup, rules, paper, beside):
 def measure(model, setup, rules):
     """All rows of one model.
 
+    Those that train a network come first: what they have kept of another training they refuse,
+    and nothing has been computed in vain.
     Raises: BadInput if a feature or a result is not finite: a classifier on NaN looks like one."""
-    train = val = None
-    if set(setup.probes) - set(dense.NO_FEATURES):
-        train, val = rules.measure(model, setup)
-    rows = []
+    rows = {}
     for name in setup.probes:
-        for row in PROBES[name](model, train, val, setup):
-            if not math.isfinite(row["value"]):
-                raise BadInput(f"--probe {name}: {row['predicts']} from {row['from']} came out as "
-                               f"{row['value']}; if the run diverged, probe a checkpoint from "
-                               "before that")
-            rows.append(row)
+        if name in dense.NO_FEATURES:
+            rows[name] = finite(name, PROBES[name](model, None, None, setup))
+    on_features = [name for name in setup.probes if name not in rows]
+    if on_features:
+        train, val = rules.measure(model, setup)
+        rows |= {name: finite(name, PROBES[name](model, train, val, setup)) for name in on_features}
+    return [row for name in setup.probes for row in rows[name]]
+
+
+def finite(probe, rows):
+    """A list of these rows. Raises: BadInput if one is not finite."""
+    rows = list(rows)
+    for row in rows:
+        if not math.isfinite(row["value"]):
+            raise BadInput(f"--probe {probe}: {row['predicts']} from {row['from']} came out as "
+                           f"{row['value']}; if the run diverged, probe a checkpoint from before "
+                           "that")
     return rows
 
 
@@ -373,22 +327,6 @@ def settle_batchnorm(model, views, M):
     return model
 
 
-def table(rows):
-    """Rows as aligned text."""
-    lines = ["probe predicts from head epochs unit trained untrained paper".split()]
-    for r in rows:
-        digits = 1 if r["unit"] in ("top-1 %", "mIoU", "AP") else 3
-        words = [r["probe"], r["predicts"], r["from"], r["head"], str(r["epochs"]), r["unit"]]
-        numbers = (r["value"], r["untrained"], r["paper"])
-        lines.append(words + ["-" if v is None else f"{v:.{digits}f}" for v in numbers])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = []
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
-
-
 # ---------------------------------------------------------------- while training
 
 def online(model, views, config, device, due=True):
@@ -415,11 +353,6 @@ def online(model, views, config, device, due=True):
 
 # ---------------------------------------------------------------- the command line
 
-# Flags that say, with --weights, what is in the file and what it is probed on.
-DESCRIBE = ("mode", "dataset", "encoder", "image_size", "patch_size", "saliency", "data_dir",
-            "limit")
-
-
 class Source(NamedTuple):
     """What is probed: a run's checkpoint, or weights from outside."""
     path: Path
@@ -436,65 +369,50 @@ class Source(NamedTuple):
 
 
 def from_run(options):
-    """The Source of a run's checkpoint."""
+    """The Source of a run's checkpoint; its Config with what the command line says of the data."""
     path = Path(options.checkpoint)
     checkpoint = load_checkpoint(path)
-    return Source(path, run_config(checkpoint, options), settings.config_of(checkpoint),
-                  functools.partial(restore, checkpoint=checkpoint), result_path(options, path),
-                  checkpoint["step"])
+    changes = evaluate_flags.typed(options, ("data_dir", "limit"))
+    if options.data_dir and not options.dataset:
+        # Where the run's data moved to: a wrong folder is to be said, not filled.
+        changes["download"] = False
+    return Source(path, settings.config_of(checkpoint, **changes), settings.config_of(checkpoint),
+                  functools.partial(restore, checkpoint=checkpoint),
+                  evaluate_flags.result_path(options), checkpoint["step"])
 
 
 def from_outside(options):
     """The Source of --weights, with settings from the file, the command line and the preset."""
     path = Path(options.weights)
-    typed = {name: getattr(options, name) for name in DESCRIBE
-             if getattr(options, name) is not None}
     # The authors' actions of augmented views are no function of two views: only z is as ours.
     found = from_file(path, encoder_only=options.mode == "augment")
-    result = result_path(options, path)
-    of_data = ()
+    result = evaluate_flags.result_path(options)
+    typed = evaluate_flags.typed(options, evaluate_flags.DESCRIBE)
+    used_up = set(evaluate_flags.DESCRIBE) - {"limit"}
     if options.dataset in dense.READERS:        # no data to learn from: the model's are ImageNet's
-        of_data = ("dataset", "limit")
-        typed = typed | dict(dataset="imagenet", limit=0)
-    config, fill = outside_model(found, typed)
-    for name in DESCRIBE:           # used up: in what follows they mean other data than the model's
-        if name not in of_data:
-            setattr(options, name, None)
-    return Source(path, config, config, fill, result, remarks=found.remarks)
-
-
-def run_config(checkpoint, options):
-    """The run's Config, with what the command line says of its data."""
-    changes = {}
-    if options.data_dir is not None:
-        changes["data_dir"] = options.data_dir
-    if options.limit is not None:
-        changes["limit"] = options.limit
-    if options.data_dir and not options.dataset:
-        # Where the run's data moved to: a wrong folder is to be said, not filled.
-        changes["download"] = False
-    return settings.config_of(checkpoint, **changes)
+        typed |= dict(dataset="imagenet", limit=0)
+        used_up.remove("dataset")
+    config, fill, remarks = outside_model(found, typed)
+    for name in used_up:            # in what follows they mean other data than the model's
+        setattr(options, name, None)
+    return Source(path, config, config, fill, result, remarks=remarks)
 
 
 def choose_probes(options, config):
-    """Names of the probes to run, and the Config of the data they run on.
-
-    Raises: BadInput for what does not go together."""
+    """Names of the probes to run.  Raises: BadInput for what does not go together."""
     rules = protocol(config.mode)
     offered = (*rules.probes, *rules.on_request)
     usable = [name for name in offered if config.aggregates or name not in AGGREGATE]
-    names = tuple(name for name in rules.probes if name in usable)
-    if options.dataset and not rules.any_images:
+    names = tuple(options.probe)
+    if not names and options.dataset and not rules.any_images:
         names = ("transfer",)
-    if options.probe:
-        names = tuple(options.probe)
     for name in names:
-        if name not in offered:
-            raise BadInput(f"--probe {name}: does not apply to mode {config.mode}; "
-                           f"choose from {', '.join(usable)}")
+        why = f"does not apply to mode {config.mode}"
+        if name in offered:
+            why = f"reads z_agg, and {gathers_none(config)} into one"
         if name not in usable:
-            raise BadInput(f"--probe {name}: reads z_agg, and {gathers_none(config)} into one; "
-                           f"choose from {', '.join(usable)}")
+            raise BadInput(f"--probe {name}: {why}; choose from {', '.join(usable)}")
+    names = names or tuple(name for name in rules.probes if name in usable)
     if "cls" in options.probe and not config.cls:
         raise BadInput("--probe cls: the run was trained without [CLS]; leave it out")
     if not rules.any_images:
@@ -503,66 +421,48 @@ def choose_probes(options, config):
             raise BadInput("--probe transfer: stands alone and needs --dataset, "
                            "the data set to transfer to")
     dense.refuse(names, options.dataset)
-    if options.dataset in settings.DATASETS:
-        return names, other_data(options, config)
-    for flag in ("image_size", "patch_size", "saliency"):
-        if getattr(options, flag) is not None:
-            raise BadInput(f"{flags.name_of(flag)}: only with --probe transfer; "
-                           "the run's own comes from its checkpoint")
-    if options.dataset:                             # the run's --limit was for its own data
-        config = dataclasses.replace(config, dataset=options.dataset, limit=options.limit or 0)
-    return names, config
+    return names
 
 
-def other_data(options, config):
-    """The Config of the data set that --dataset names, seen as the run sees its own.
+def choose_data(options, config):
+    """The Config of the data that is probed on: the run's own, or what --dataset names, seen as the
+    run sees its own. A patch has the run's size, which the encoder knows; the image its preset's.
 
-    A patch has the run's size, which the encoder and its stem know; the image its preset's."""
-    if options.figures:
+    Raises: BadInput for what does not go together."""
+    other = options.dataset in settings.DATASETS        # if not, its own, or a dense task's
+    any_images = protocol(config.mode).any_images
+    if other and options.figures:
         raise BadInput("--figures: shows the run's own data; leave it out with --dataset")
-    changes = {}
-    if not protocol(config.mode).any_images:
-        changes["image_size"] = settings.preset(options.dataset, config.mode)["image_size"]
-    for flag in ("image_size", "patch_size", "saliency"):
-        typed = getattr(options, flag)
-        if typed is not None and protocol(config.mode).any_images:
-            raise BadInput(f"{flags.name_of(flag)}: in mode {config.mode} the run's own is kept; "
+    changes = evaluate_flags.typed(options, evaluate_flags.SEEN)
+    for name in changes:
+        if not other:
+            raise BadInput(f"{flags.name_of(name)}: only with --probe transfer; "
+                           "the run's own comes from its checkpoint")
+        if any_images:
+            raise BadInput(f"{flags.name_of(name)}: in mode {config.mode} the run's own is kept; "
                            "leave it out")
-        if typed is not None:
-            changes[flag] = typed
-    return settings.check(dataclasses.replace(config, dataset=options.dataset, **changes))
+    if not options.dataset:
+        return config
+    changes["dataset"] = options.dataset
+    if not other:                                   # the run's --limit was for its own data
+        return dataclasses.replace(config, **changes, limit=options.limit or 0)
+    if not any_images:
+        size = settings.preset(options.dataset, config.mode)["image_size"]
+        changes.setdefault("image_size", size)
+    return settings.check(dataclasses.replace(config, **changes))
 
 
 def choose_lengths(options, config, names):
     """M_val in ascending order, none without z_agg; the invariance probe needs that of training."""
-    if options.views and not config.aggregates:
-        raise BadInput(f"--views {options.views[0]}: {gathers_none(config)} into z_agg; "
-                       "leave it out")
     if not config.aggregates:
+        if options.views:
+            raise BadInput(f"--views {options.views[0]}: {gathers_none(config)} into z_agg; "
+                           "leave it out")
         return ()
     lengths = set(options.views or protocol(config.mode).lengths)
     if "invariance" in names:
         lengths.add(config.views)
     return tuple(sorted(lengths))
-
-
-def result_path(options, path):
-    """Where the numbers go. A part of the probes does not replace the whole.
-
-    path: the checkpoint, or the weights. Of these there may be many in a folder, and no run's name
-    tells their data apart: the file's name comes first, and no earlier result is replaced."""
-    if options.json is not None:
-        return Path(options.json)
-    words = ["probes", *options.probe]
-    if options.dataset:
-        words.append(options.dataset)
-    if options.weights is not None:
-        words.insert(0, path.stem)
-    result = path.parent / f"{'-'.join(words)}.json"
-    if options.weights is not None and result.is_file():
-        raise BadInput(f"{result}: has the numbers of an earlier evaluation; say with --json where "
-                       "these go")
-    return result
 
 
 def parse(argv=None):

@@ -1,11 +1,14 @@
 """The command line of evaluate.py: its flags, and their bounds.
 
     parse(argv, probes, modes, encoders, datasets)  ->  options, with the flags as attributes
+    typed(options, names)                           ->  {name: value} of what was not left out
+    result_path(options)                            ->  where the numbers go
 
 What is offered comes from the caller. What of it goes together, only evaluate.py can say, for that
 depends on the run. Checked in tests/test_evaluate.py and tests/test_hostile_evaluate.py.
 """
 import argparse
+from pathlib import Path
 
 from plumbing import flags
 from plumbing.errors import BadInput
@@ -13,6 +16,11 @@ from plumbing.errors import BadInput
 MOST_VIEWS = 100                # M_val, ten times the papers' longest
 MOST_EPOCHS = 10_000            # of a head; the papers' longest take 300
 MOST_SAMPLINGS = 300            # of a training sample; an epoch sees one of them
+
+# Flags that say, with --weights, what is in the file and what it is probed on ...
+DESCRIBE = ("mode", "dataset", "encoder", "image_size", "patch_size", "saliency", "data_dir",
+            "limit")
+SEEN = ("image_size", "patch_size", "saliency")     # ... and, with a run, how other data is seen
 
 
 def parse(argv, *, probes, modes, encoders, datasets):
@@ -85,8 +93,8 @@ def add_rest(p):
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--json", metavar="FILE",
                    help="where the numbers go (default: probes.json in the run's folder, or "
-                        "probes-PROBE-DATASET.json for some of them; with --weights beside "
-                        "FILE)")
+                        "probes-PROBE-DATASET-limitN.json for some of them; with --weights "
+                        "beside FILE)")
     p.add_argument("--figures", action="store_true",
                    help="draw the figures and report.html into the run's folder")
 
@@ -119,3 +127,34 @@ def check_bounds(options):
                        f"and at most {MOST_EPOCHS:,}; the papers' longest take 300")
     if options.limit is not None and options.limit < 0:
         raise BadInput(f"--limit {options.limit}: must be at least 0, which means all")
+
+
+def typed(options, names):
+    """{name: value} of these flags, without those that were left out."""
+    found = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def of_limit(options):
+    """What ends the names of an evaluation's files: of another --limit they are another result."""
+    return "" if options.limit is None else f"-limit{options.limit}"
+
+
+def result_path(options):
+    """Where the numbers go. A part of the probes, or of the data, does not replace the whole.
+
+    Of --weights there may be many files in a folder, and no run's name tells their data apart: the
+    file's name comes first, and no earlier result is replaced."""
+    if options.json is not None:
+        return Path(options.json)
+    words = ["probes", *options.probe]
+    if options.dataset:
+        words.append(options.dataset)
+    if options.weights is not None:
+        words.insert(0, Path(options.weights).stem)
+    folder = Path(options.weights or options.checkpoint).parent
+    result = folder / f"{'-'.join(words)}{of_limit(options)}.json"
+    if options.weights is not None and result.is_file():
+        raise BadInput(f"{result}: has the numbers of an earlier evaluation; say with --json where "
+                       "these go")
+    return result

@@ -1,9 +1,10 @@
-"""One page about a run, to send to a colleague: report.html holds all that it shows.
+"""What evaluate.py found, as text for a terminal and as one page to send to a colleague.
 
-    write_report(run_dir, result)       the table and the settings that evaluate.py found, and the
-                                        run's *.png; nothing else is needed to view it
+    show(result, sampled)                       prints the table, and what a reader must know of it
+    write_report(run_dir, result, pictures)     report.html: the table, the settings and these
+                                                pictures; nothing else is needed to view it
 
-All that comes from a file or a user is escaped. Checked in tests/test_figures.py.
+All that comes from a file or a user is escaped. Checked in tests/test_report.py.
 """
 import base64
 import json
@@ -21,11 +22,33 @@ img {max-width: 100%}
 details {margin: 1em 0}
 """
 COLUMNS = ("probe", "predicts", "from", "head", "epochs", "unit", "value", "untrained", "paper")
+HEADS = ["trained" if key == "value" else key for key in COLUMNS]
 FIRST = ("views.png", "curves.png")             # what a reader wants first; the rest by name
 
 
-def write_report(run_dir, result):
-    """Write run_dir/report.html and return its path.  result: the content of probes.json."""
+def show(result, sampled):
+    """Print a result, the content of probes.json.  sampled: whether views or crops were drawn."""
+    print(table(result["rows"]))
+    words = "{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
+    if sampled:
+        words += "{samplings} view samplings of a training sample; "
+    print((words + "{seconds:.0f} s on {device}").format(**result))
+    for remark in result["remarks"]:
+        print(f"note: {remark}")
+
+
+def table(rows):
+    """Rows as aligned text."""
+    lines = [HEADS, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def write_report(run_dir, result, pictures):
+    """Write run_dir/report.html and return its path.
+
+    pictures: paths of those that belong to the result; what is no file is left out."""
     config = result["config"]               # the checkpoint's own: config.json could be another's
     said = {key: escape(str(value)) for key, value in config.items()}
     name = said["name"]
@@ -38,14 +61,14 @@ def write_report(run_dir, result):
         f"<p>{said['method']} on {said['dataset']}, mode {said['mode']}{told}; "
         f"{result['step']:,} steps, batch {said['batch_size']}.</p>",
         "<h2>Probes</h2>",
-        _table(result["rows"]),
+        _html_table(result["rows"]),
         f"<p>{result['n_train']:,} training and {result['n_val']:,} validation samples, "
         f"{result['samplings']} view samplings; features of the frozen model; "
         "untrained: the same probe on a randomly initialised model. "
         "Every head trained as its row says.</p>",
         *(f"<p>{escape(remark)}</p>" for remark in result["remarks"]),
     ]
-    for path in _pictures(run_dir):
+    for path in _in_order(pictures):
         data = base64.b64encode(path.read_bytes()).decode()
         page.append(f"<h2>{escape(path.stem)}</h2>"
                     f"<img alt='{escape(path.stem)}' src='data:image/png;base64,{data}'>")
@@ -57,23 +80,27 @@ def write_report(run_dir, result):
     return run_dir / "report.html"
 
 
-def _pictures(run_dir):
-    """The run's figures in the order of the page."""
-    by_name = {path.name: path for path in sorted(run_dir.glob("*.png")) if path.is_file()}
+def _in_order(pictures):
+    """Those of the pictures that are there, in the order of the page."""
+    by_name = {path.name: path for path in sorted(pictures) if path.is_file()}
     first = [by_name.pop(name) for name in FIRST if name in by_name]
     return [*first, *by_name.values()]
 
 
-def _table(rows):
-    heads = ["trained" if key == "value" else key for key in COLUMNS]
-    lines = ["".join(f"<th>{head}</th>" for head in heads)]
+def _cells(row):
+    """A row as text, a cell for each of COLUMNS."""
+    digits = 1 if row["unit"] in ("top-1 %", "mIoU", "AP") else 3
+    cells = []
+    for value in (row[key] for key in COLUMNS):
+        text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        cells.append("-" if value is None else text)
+    return cells
+
+
+def _html_table(rows):
+    lines = ["".join(f"<th>{head}</th>" for head in HEADS)]
     for row in rows:
-        digits = 1 if row["unit"] in ("top-1 %", "mIoU", "AP") else 3
-        lines.append("".join(_cell(row[key], digits) for key in COLUMNS))
+        kinds = [" class='n'" if isinstance(row[key], float) else "" for key in COLUMNS]
+        lines.append("".join(f"<td{kind}>{escape(cell)}</td>"
+                             for kind, cell in zip(kinds, _cells(row))))
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _cell(value, digits):
-    if isinstance(value, float):
-        return f"<td class='n'>{value:.{digits}f}</td>"
-    return f"<td>{'-' if value is None else escape(str(value))}</td>"

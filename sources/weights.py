@@ -36,26 +36,18 @@ RESNET = "layer1.0.conv1.weight"
 # What was put on an encoder to train or to classify, and is no part of it.
 HEADS = re.compile(r"(head|fc|mask_token|decoder_\w+|online_\w+|\w+_classifier|\w+_regressor)"
                    r"(\.|$)")
-# The authors' seq-JEPA: how names begin there -> and here.
-SEQ_JEPA = {"encoder.": "encoder.",
-            "target_encoder.": "target_encoder.",
-            "action_proj.0.": "embed.linear.",
-            "action_proj.1.": "embed.norm.",
-            "agg_token": "aggregator.agg",
-            "transformer_encoder.transformer_encoder.": "aggregator.transformer.",
-            "transformer_encoder.norm.": "aggregator.transformer.norm.",
-            "predictor.": "predictor.mlp."}
+# The authors' seq-JEPA: how names begin here -> and there.
+SEQ_JEPA = {"embed.linear.": "action_proj.0.",
+            "embed.norm.": "action_proj.1.",
+            "aggregator.agg": "agg_token",
+            "aggregator.transformer.": "transformer_encoder.transformer_encoder.",
+            "aggregator.transformer.norm.": "transformer_encoder.norm.",
+            "predictor.mlp.": "predictor."}
 # How many numbers their action map reads -> mode, and what the model is told. Units and order of
 # these numbers are ours: docs/weights.md says why.
 ACTIONS = {2: ("saccade", "position"),
            4: ("rotation", "rotation"),
            6: ("rotation", "rotation+color")}
-# What other ViTs have and ours does not, by a part of its name.
-FOREIGN = {"ls1": "LayerScale", "ls2": "LayerScale", "gamma_": "LayerScale",
-           "reg_token": "register tokens", "register_tokens": "register tokens",
-           "w12": "SwiGLU", "w3": "SwiGLU", "fc1_g": "SwiGLU", "q_norm": "normed queries and keys",
-           "norm_pre": "a norm before the blocks", "dist_token": "a distillation token",
-           "q_bias": "biases of q and v", "relative_position": "relative positions"}
 
 
 class Weights(NamedTuple):
@@ -63,18 +55,17 @@ class Weights(NamedTuple):
     where: str              # the file
     words: str              # what it holds: "a ViT of width 768 and 12 blocks"
     kind: str               # "vit", "resnet18" or "seq-jepa": what `fill` puts it into
-    state: dict             # {our name: tensor}
-    names: dict             # {how names begin in the file: how ours do}
+    prefix: str             # what stands before its names in the file
+    state: dict             # {name, without the prefix: tensor}; pos_embed is (P, D), row by row
     facts: dict             # {field of config.Config: what it is in the file}
+    names: dict = {}        # {how names begin here: how they do there}, where that differs
     size: tuple = ()        # of a ViT: width, blocks
-    positions: torch.Tensor = None      # of a ViT: (P, D), row by row; None if the file has none
     remarks: tuple = ()     # sentences that a reader of the numbers must know
 
-    def in_file(self, name):
-        """What the file calls, or would call, a weight of ours."""
-        fits = [start for start, ours in self.names.items() if name.startswith(ours)]
-        start = max(fits, key=lambda start: len(self.names[start]), default="")
-        return start + name.removeprefix(self.names.get(start, ""))
+    def theirs(self, name):
+        """What the file calls, or would call, a weight of ours; without the prefix."""
+        start = max((ours for ours in self.names if name.startswith(ours)), key=len, default="")
+        return self.names.get(start, "") + name.removeprefix(start)
 
     def remark(self, words):
         """The same, with one thing more to say."""
@@ -124,8 +115,7 @@ def recognise(found, where, encoder_only=False):
                        "before it")
     wrapper = next((name for name in WRAPPERS if isinstance(found.get(name), dict)), None)
     inner = found[wrapper] if wrapper else found
-    state = {name: value for name, value in inner.items()
-             if isinstance(name, str) and isinstance(value, torch.Tensor) and is_whole(value)}
+    state = {name: x for name, x in inner.items() if isinstance(name, str) and is_whole(x)}
     if any(name.endswith(VIT) for name in state):
         weights = of_vit(state, where)
     elif any(name.endswith(RESNET) for name in state):
@@ -153,73 +143,57 @@ def prefix_of(state, mark, wanted, where):
 
 def within(state, prefix):
     """The weights whose names have this prefix, without it; no heads."""
-    found = {}
-    for name, value in state.items():
-        rest = name.removeprefix(prefix)
-        if name.startswith(prefix) and not HEADS.match(rest):
-            found[rest] = value
-    return found
+    inside = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    return {name: x for name, x in inside.items() if not HEADS.match(name)}
 
 
-# ---------------------------------------------------------------- ViTs
+# ---------------------------------------------------------------- whose it is
 
 def of_vit(state, where):
     """Weights of a state dict that holds a ViT: I-JEPA's, DSeq-JEPA's, or as timm names them."""
     prefix = prefix_of(state, VIT, "target_encoder", where)
     own = within(state, prefix)
-    for name in own:
-        for part, words in FOREIGN.items():
-            if part in name:
-                raise BadInput(f"{where}: {prefix}{name} has no place here: {words}, which our "
-                               "ViT does not have")
     shape = tuple(own[VIT].shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
         raise BadInput(f"{where}: {prefix}{VIT} has shape {shape}, expected "
                        "(width, 3, patch size, patch size)")
+    width, _, _, patch_size = shape
     numbers = [int(name.split(".")[1]) for name in own if re.match(r"blocks\.\d{1,4}\.", name)]
-    width = shape[0]
-    depth = 1 + max(numbers, default=-1)
+    size = width, 1 + max(numbers, default=-1)
     cls = "cls_token" in own
-    names = {prefix: ""}
     facts = dict(mode="regions", method="dseq-jepa" if cls else "i-jepa", cls=cls,
-                 patch_size=shape[3])
-    remarks = ()
+                 patch_size=patch_size)
+    if cls:
+        own["cls_token"] = own["cls_token"].float().flatten()
+    if "pos_embed" in own:
+        split_positions(own, f"{where}: {prefix}")
+        facts["image_size"] = math.isqrt(len(own["pos_embed"])) * patch_size
+    words = "a ViT of width {} and {} blocks".format(*size)
+    weights = Weights(where, words, "vit", prefix, own, facts, size=size)
     if "norm.weight" not in own and {"fc_norm.weight", "fc_norm.bias"} <= own.keys():
-        for kind in ("weight", "bias"):
-            own[f"norm.{kind}"] = own.pop(f"fc_norm.{kind}")
-        names[prefix + "fc_norm."] = "norm."
-        remarks = ("the file's last norm, fc_norm, is meant for the mean patch token; here it "
-                   "comes before the mean. linear does not read it, knn and cls do",)
-    positions = split_positions(own, prefix, where)
-    if positions is not None:
-        facts["image_size"] = math.isqrt(len(positions)) * shape[3]
-    words = f"a ViT of width {width} and {depth} blocks"
-    return Weights(where, words, "vit", own, names, facts, (width, depth), positions, remarks)
+        weights = weights._replace(names={"norm.": "fc_norm."}).remark(
+            "the file's last norm, fc_norm, is meant for the mean patch token; here it comes "
+            "before the mean. linear does not read it, knn and cls do")
+    return weights
 
 
-def split_positions(own, prefix, where):
-    """Take pos_embed out of a ViT's weights.  -> positions (P, D) of the patches, or None
+def split_positions(own, where):
+    """Leave of a ViT's pos_embed the (P, D) of its patches, in place.
 
     If [CLS] has a position too, cls_token becomes their sum: ours has none."""
+    found = own["pos_embed"]
     D = own[VIT].shape[0]
-    cls = own.get("cls_token")
-    if cls is not None:
-        own["cls_token"] = cls.float().flatten()
-    if "pos_embed" not in own:
-        return None
-    found = own.pop("pos_embed")
-    for of_cls in (0,) if cls is None else (1, 0):
+    for of_cls in (1, 0) if "cls_token" in own else (0,):
         P = found.numel() // D - of_cls
         if found.shape[-1:] == (D,) and P > 0 and math.isqrt(P) ** 2 == P:
             rows = found.float().reshape(-1, D)
-            if of_cls and cls.numel() == D:
+            if of_cls and len(own["cls_token"]) == D:
                 own["cls_token"] = own["cls_token"] + rows[0]
-            return rows[of_cls:]
-    raise BadInput(f"{where}: {prefix}pos_embed has shape {tuple(found.shape)}, expected "
-                   f"(1, P, {D}) for a square grid of P patches, one more if [CLS] has one")
+            own["pos_embed"] = rows[of_cls:]
+            return
+    raise BadInput(f"{where}pos_embed has shape {tuple(found.shape)}, expected (1, P, {D}) for a "
+                   "square grid of P patches, one more if [CLS] has one")
 
-
-# ---------------------------------------------------------------- ResNet-18, seq-JEPA
 
 def of_resnet(state, where, encoder_only=False):
     """Weights of a state dict that holds a ResNet-18: that of seq-JEPA, or one by itself."""
@@ -232,7 +206,7 @@ def of_resnet(state, where, encoder_only=False):
                        "or, for CIFAR's stem, (64, 3, 3, 3); of a --quick run probe the last.pt, "
                        "without --weights")
     facts = dict(encoder="resnet18", stem=stem)
-    alone = Weights(where, "a ResNet-18", "resnet18", own, {prefix: ""}, facts)
+    alone = Weights(where, "a ResNet-18", "resnet18", prefix, own, facts)
     root = prefix.removesuffix("encoder.")
     if encoder_only or root + "agg_token" not in state:
         return alone
@@ -243,32 +217,24 @@ def of_resnet(state, where, encoder_only=False):
     if action_map.dim() != 2 or action_map.shape[1] not in ACTIONS:
         return alone.remark(f"the file's {root}action_proj.0.weight {tuple(action_map.shape)} "
                             "reads the actions of no mode here: only z is probed")
-    return of_seq_jepa(within(state, root), action_map.shape, facts, root, where)
+    return of_seq_jepa(within(state, root), facts, root, where)
 
 
-def of_seq_jepa(own, action_map, facts, root, where):
-    """Weights of the authors' whole model.
-
-    own: it, without probes.  action_map: (E, numbers told).  root: what stands before its names."""
-    state = {}
-    for name, value in own.items():
-        start = next((start for start in SEQ_JEPA if name.startswith(start)), None)
-        ours = name if start is None else SEQ_JEPA[start] + name.removeprefix(start)
-        state[ours] = value
-    state["aggregator.agg"] = state["aggregator.agg"].flatten()
-    remarks = ()
-    if not any(name.startswith("target_encoder.") for name in state):       # trained without --ema
-        for name in within(own, "encoder."):
-            state[f"target_encoder.{name}"] = own[f"encoder.{name}"]
-        remarks = ("the file has no target encoder: its encoder stands for it",)
-    mode, condition = ACTIONS[action_map[1]]
-    facts = facts | dict(mode=mode, condition=condition, action_dim=action_map[0])
-    wide = state.get("aggregator.transformer.layers.0.linear1.weight")
+def of_seq_jepa(own, facts, root, where):
+    """Weights of the authors' whole model.  own: it, without probes.  root: its prefix."""
+    own["agg_token"] = own["agg_token"].flatten()
+    action_dim, told = own["action_proj.0.weight"].shape
+    mode, condition = ACTIONS[told]
+    facts = facts | dict(mode=mode, condition=condition, action_dim=action_dim)
+    wide = own.get("transformer_encoder.transformer_encoder.layers.0.linear1.weight")
     if wide is not None:
         facts["agg_hidden"] = wide.shape[0]
-    names = {root + start: ours for start, ours in SEQ_JEPA.items()}
-    return Weights(where, f"seq-JEPA that is told {condition}", "seq-jepa", state, names, facts,
-                   remarks=remarks)
+    words = f"seq-JEPA that is told {condition}"
+    weights = Weights(where, words, "seq-jepa", root, own, facts, SEQ_JEPA)
+    if not any(name.startswith("target_encoder.") for name in own):         # trained without --ema
+        weights = weights._replace(names=SEQ_JEPA | {"target_encoder.": "encoder."}).remark(
+            "the file has no target encoder: its encoder stands for it")
+    return weights
 
 
 # ---------------------------------------------------------------- into a model
@@ -279,8 +245,8 @@ def fill(part, weights):
     Positions of a ViT that are not our sines and cosines are kept as `learned_positions` too.
     Raises: BadInput, as `check`."""
     check(part, weights)
-    part.load_state_dict(weights.state)
-    positions = weights.positions
+    part.load_state_dict({name: weights.state[weights.theirs(name)] for name in part.state_dict()})
+    positions = weights.state.get("pos_embed")
     if positions is not None and not torch.allclose(positions, part.positions, atol=1e-4):
         part.positions.copy_(positions)
         part.learned_positions = positions.clone()
@@ -291,24 +257,24 @@ def check(part, weights):
 
     Raises: BadInput, naming what the file has too much, what it lacks, what has another shape or is
     not finite."""
-    own = part.state_dict()
-    found = dict(weights.state)
-    if weights.positions is not None:
+    state = weights.state
+    before = f"{weights.where}: {weights.prefix}"
+    own = {weights.theirs(name): value for name, value in part.state_dict().items()}
+    if weights.kind == "vit" and "pos_embed" in state:
         own["pos_embed"] = part.positions
-        found["pos_embed"] = weights.positions
-    for name, value in found.items():
+    for name, value in state.items():
         if name not in own:
-            raise BadInput(f"{weights.where}: {weights.in_file(name)} {tuple(value.shape)} has no "
-                           "place here")
+            raise BadInput(f"{before}{name} {tuple(value.shape)} has no place here")
     for name, value in own.items():
-        key = f"{weights.where}: {weights.in_file(name)}"
         shape = tuple(value.shape)
-        if name not in found:
-            raise BadInput(f"{key} is missing, expected of shape {shape}")
-        if found[name].shape != value.shape:
+        if name not in state:
+            raise BadInput(f"{before}{name} is missing, expected of shape {shape}")
+        found = state[name]
+        if found.shape != shape:
             advice = "; leave out --image-size" if name == "pos_embed" else ""
-            raise BadInput(f"{key} has shape {tuple(found[name].shape)}, expected {shape}{advice}")
-        if found[name].is_floating_point() != value.is_floating_point():
-            raise BadInput(f"{key} is {found[name].dtype}, expected {value.dtype}")
-        if not found[name].isfinite().all():
-            raise BadInput(f"{key} is not finite; fetch the file again")
+            raise BadInput(f"{before}{name} has shape {tuple(found.shape)}, expected {shape}"
+                           f"{advice}")
+        if found.is_floating_point() != value.is_floating_point():
+            raise BadInput(f"{before}{name} is {found.dtype}, expected {value.dtype}")
+        if not found.isfinite().all():
+            raise BadInput(f"{before}{name} is not finite; fetch the file again")

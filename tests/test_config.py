@@ -190,6 +190,11 @@ def test_help_shows_the_values_of_the_chosen_preset(capsys):
             "--saliency-block 13: vit-base has blocks 1 to 12",
         ),
         ("--dataset imagenet --mode regions --saliency-block -1", "--saliency-block -1"),
+        (                                                       # nobody typed a block here
+            "--dataset imagenet --mode regions --quick --recipe authors",
+            "--recipe authors: is of vit-base, and the encoder is vit-nano; leave it out, or add "
+            "--encoder vit-base",
+        ),
         (
             "--dataset imagenet --mode regions --encoder resnet18",
             "--encoder resnet18: method dseq-jepa",

@@ -1,8 +1,10 @@
 """The table: every probe of a mode, on features of the frozen model, beside a random twin; and
 clear refusals."""
-import csv
 import dataclasses
 import json
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,10 @@ import evaluate
 import probes
 import train
 from build import build_model, build_views
-from dense import probes as dense_probes
 from figures.runs import draw_transfer
 from plumbing import runs
 from plumbing.errors import BadInput
+from plumbing.evaluate_flags import result_path
 from plumbing.runs import load_checkpoint
 
 CPU = torch.device("cpu")
@@ -140,101 +142,6 @@ def test_every_mode_has_a_row_and_every_row_names_probes_that_exist():
 def test_a_mode_without_a_row_is_refused():
     with pytest.raises(BadInput, match=r"^mode shift has no row in evaluate.PROTOCOLS; add one"):
         evaluate.protocol("shift")
-
-
-def test_papers_csv_names_settings_and_rows_that_exist():
-    """A typo in a line would silently drop the comparison."""
-    with open(evaluate.PAPERS, newline="") as file:
-        lines = list(csv.DictReader(file))
-    seen = set()
-    for line in lines:
-        dataset, mode, method, encoder, condition, views = (line[name] for name in evaluate.VARIED)
-        assert (dataset, mode) in settings.PRESETS and method in settings.MODES[mode].methods
-        assert encoder in settings.ENCODERS[method]
-        assert condition in ("", *settings.MODES[mode].conditions) and (not views or int(views) > 0)
-        rules = evaluate.PROTOCOLS[mode]
-        assert line["probe"] in (*rules.probes, *rules.on_request)
-        dense = ("boxes, 80 classes", "masks, 80 classes", "150 classes")       # Table 2
-        assert line["predicts"] in ("class", *rules.heads, *dense)
-        if "M=" in line["from"]:
-            assert int(line["from"].split("M=")[1].split(",")[0]) in rules.lengths
-        assert line["probed"] in (None, "", *settings.DATASETS, *dense_probes.READERS)
-        assert (0 if line["probe"] == "classify" else -0.1) < float(line["value"]) < 100
-        assert "JEPA Table" in line["source"] or "JEPA B.2" in line["source"]
-        seen.add(tuple(v for name, v in line.items() if name not in ("value", "source")))
-    assert len(seen) == len(lines) == 294                   # none says again what another says
-
-
-def test_the_paper_s_numbers_are_beside_the_paper_s_settings_alone():
-    paper_s = settings.preset("stl10", "saccade") | dict(saliency="deepgaze")
-    config = settings.check(settings.Config(**paper_s))
-    published = evaluate.paper_numbers(config)
-    assert published == {
-        ("classify", "class", "z"): 81.20, ("classify", "class", "z_agg M=1"): 71.45,
-        ("classify", "class", "z_agg M=4"): 83.44, ("classify", "class", "z_agg M=6"): 84.12}
-    blind = evaluate.paper_numbers(dataclasses.replace(config, condition="none"))
-    assert blind.keys() < published.keys() and blind["classify", "class", "z"] == 61.38
-    maps = dataclasses.replace(config, saliency="maps/of/deepgaze")
-    assert evaluate.paper_numbers(maps) == published
-    assert evaluate.paper_numbers(settings.Config(**settings.preset("solids", "saccade"))) == {}
-    large = settings.preset("imagenet", "regions") | dict(encoder="vit-huge")
-    assert evaluate.paper_numbers(settings.check(settings.Config(**large))) == {}
-    large = settings.check(settings.Config(**large | dict(image_size=448, epochs=300)))
-    assert list(evaluate.paper_numbers(large).values()) == [82.4, 87.8]
-    assert list(evaluate.paper_numbers(large, "cub").values()) == [68.9]
-    base = settings.check(settings.Config(**settings.preset("imagenet", "regions")))
-    authors = settings.preset("imagenet", "regions", recipe="authors")
-    authors = settings.check(settings.Config(**authors))
-    assert evaluate.paper_numbers(authors) == evaluate.paper_numbers(base) != {}
-    assert evaluate.paper_numbers(dataclasses.replace(authors, lr=1e-3)) == {}
-    assert evaluate.paper_numbers(dataclasses.replace(base, lr=8e-4)) == {}
-    assert evaluate.paper_numbers(dataclasses.replace(base, accumulate=8)) != {}
-
-
-def test_what_a_run_is_probed_on_chooses_the_paper_s_column():
-    base = settings.check(settings.Config(**settings.preset("imagenet", "regions")))
-    linear = "linear", "class", "last 4 blocks, mean patch"
-    found = {name: evaluate.paper_numbers(base, name) for name in ("inat21", "cub", "cars")}
-    assert found == dict(inat21={linear: 36.4}, cub={linear: 66.2}, cars={linear: 67.3})
-    assert evaluate.paper_numbers(base, "imagenet") == evaluate.paper_numbers(base)
-    assert evaluate.paper_numbers(base)[linear] == 73.5
-    assert evaluate.paper_numbers(base, "folder") == {}
-    large = dataclasses.replace(base, encoder="vit-large", predictor_depth=12)
-    assert list(evaluate.paper_numbers(large, "clevr-distance").values()) == [71.5]
-    assert evaluate.paper_numbers(dataclasses.replace(base, dataset="cub"), "cub") == {}
-
-
-ANOTHER = {int: 7, float: 0.123, str: "another", bool: None}      # values that the preset has not
-
-
-@pytest.mark.parametrize("field", dataclasses.fields(settings.Config), ids=lambda field: field.name)
-def test_the_paper_s_column_goes_with_every_field_that_teaches(field, monkeypatch):
-    """A flag that is added later, too, takes the column away, or has to be named."""
-    if field.name in ("dataset", "mode"):
-        return                                              # these choose the row
-    monkeypatch.setattr(settings, "check", lambda config: config)
-    config = settings.Config(**settings.preset("stl10", "saccade") | dict(saliency="deepgaze"))
-    value = ANOTHER[field.type]
-    if field.type is bool:
-        value = not getattr(config, field.name)
-    if field.name == "saliency":
-        value = "signature"                                 # a folder of maps may be DeepGaze's
-    changed = dataclasses.replace(config, **{field.name: value})
-    assert bool(evaluate.paper_numbers(changed)) == (field.name in evaluate.NOT_LEARNED)
-
-
-def test_table_is_aligned_and_says_what_is_missing():
-    top1 = probes.row("classify", "class", "z", "linear classifier", 300, "top-1 %", 81.234)
-    score = probes.row("action", "position", "z_1, z_2", "linear", 50, "R2", 0.5)
-    rows = [top1 | dict(untrained=20.0, paper=81.2), score | dict(untrained=-0.01, paper=None)]
-    lines = evaluate.table(rows).splitlines()
-    assert (
-        "81.2" in lines[1]
-        and "0.500" in lines[2]
-        and "-0.010" in lines[2]
-        and lines[2].endswith("-")
-    )
-    assert len({line.index(unit) for line, unit in zip(lines, ("unit", "top-1 %", "R2"))}) == 1
 
 
 @pytest.mark.parametrize(
@@ -453,6 +360,87 @@ def test_classes_of_the_data_are_said(trained, tmp_path, capsys):
     assert json.loads((run / "probes.json").read_text())["classes"] == 3
 
 
+# ---------------------------------------------------------------- what is kept of an evaluation
+
+def test_what_trains_a_network_is_computed_first_and_shown_in_its_place(monkeypatch):
+    """It may refuse what it kept of another training; features are then not extracted in vain."""
+    called = []
+
+    def probe(name):
+        def rows(model, train, val, setup):
+            called.append((name, train))
+            yield probes.row(name, "class", "z", "none", 0, "top-1 %", 1.0)
+        return rows
+
+    for name in ("linear", "finetune", "knn"):
+        monkeypatch.setitem(evaluate.PROBES, name, probe(name))
+    def extract(model, setup):
+        called.append("extracted")
+        return "train", "val"
+
+    rules = dataclasses.replace(evaluate.PROTOCOLS["regions"], measure=extract)
+    setup = probes.Setup({}, CPU, 0, M_train=1, probes=("linear", "finetune", "knn"))
+    rows = evaluate.measure("model", setup, rules)
+    assert [row["probe"] for row in rows] == ["linear", "finetune", "knn"]
+    assert called == [("finetune", None), "extracted", ("linear", "train"), ("knn", "train")]
+
+
+def test_fine_tuning_that_was_kept_is_refused_for_other_epochs_before_all_else(trained, capsys,
+                                                                               monkeypatch):
+    run = trained("regions")
+    command = [str(run / "last.pt"), "--probe", "linear", "finetune", "--samplings", "1",
+               "--limit", "8", "--probe-epochs"]
+    assert evaluate.main([*command, "1"]) == 0
+    kept = (run / "finetune-folder-limit8.pt").read_bytes()
+    result = (run / "probes-linear-finetune-limit8.json").read_bytes()
+    never = dataclasses.replace(evaluate.PROTOCOLS["regions"],
+                                measure=lambda *_: pytest.fail("features were extracted"))
+    monkeypatch.setitem(evaluate.PROTOCOLS, "regions", never)
+    capsys.readouterr()
+    assert evaluate.main([*command, "2"]) == 2
+    assert "finetune-folder-limit8.pt: is of a training on" in capsys.readouterr().err
+    assert (run / "finetune-folder-limit8.pt").read_bytes() == kept
+    assert (run / "probes-linear-finetune-limit8.json").read_bytes() == result
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "probes.json"),
+    (["--limit", "100"], "probes-limit100.json"),
+    (["--limit", "0"], "probes-limit0.json"),
+    (["--probe", "knn"], "probes-knn.json"),
+    (["--probe", "segment", "--dataset", "scenes", "--limit", "100"],
+     "probes-segment-scenes-limit100.json"),
+    (["--limit", "100", "--json", "elsewhere/x.json"], "../elsewhere/x.json"),
+])
+def test_no_part_of_the_probes_or_of_the_data_replaces_the_whole(flags, name):
+    of_run = result_path(evaluate.parse(["runs/last.pt", *flags]))
+    of_weights = result_path(evaluate.parse(["--weights", "runs/v.it.pth", *flags]))
+    assert of_run == Path(os.path.normpath(f"runs/{name}"))
+    assert of_weights == (of_run if "--json" in flags else Path(f"runs/v.it-{name}"))
+
+
+def test_an_evaluation_of_another_limit_leaves_all_of_the_first(trained, tmp_path):
+    """Its numbers, and the pictures of a dense task; the report has those that belong to it."""
+    run = trained("regions")
+    command = [str(run / "last.pt"), "--probe", "segment-linear", "--dataset", "scenes",
+               "--data-dir", str(tmp_path), "--quick", "--probe-epochs", "1", "--figures",
+               "--limit"]
+    shown = {}
+    before = {}
+    for flags in (["8"], ["12", "--no-untrained"]):
+        assert evaluate.main([*command, *flags]) == 0
+        assert all(path.read_bytes() == data for path, data in before.items())
+        before = {path: path.read_bytes() for path in run.glob("*-limit*")}
+        shown[flags[0]] = re.findall("<h2>(.*?)</h2>", (run / "report.html").read_text())
+    names = ["probes-segment-linear-scenes-limit8.json", "segment-linear-scenes-limit8.png",
+             "segment-linear-scenes-limit8-untrained.png",
+             "probes-segment-linear-scenes-limit12.json", "segment-linear-scenes-limit12.png"]
+    assert sorted(path.name for path in before) == sorted(names)
+    name = "segment-linear-scenes-limit"
+    assert shown["8"] == ["Probes", "curves", f"{name}8-untrained", f"{name}8"]
+    assert shown["12"] == ["Probes", "curves", f"{name}12"]
+
+
 class Trap:
     def __reduce__(self):
         return print, ("sprung",)
@@ -515,8 +503,3 @@ def test_all_heads_beat_noise_on_informative_features(make_config):
         top1 = next(probes.probe_classify(None, *pair, setup))["value"]
         score = next(probes.probe_action(None, *pair, setup))["value"]
         assert (top1 > 90 and score > 0.9) if informative else (top1 < 50 and score < 0.1)
-
-
-def test_objects_of_more_renders_than_the_preset_s_are_no_published_run(make_config):
-    config = make_config("solids", "rotation", object_views=60, views=50)
-    assert not evaluate.as_published(config) and evaluate.paper_numbers(config) == {}

@@ -1,6 +1,4 @@
-"""Figures are drawn from plain files and features, in every case that can occur; the report needs
-nothing else."""
-import re
+"""Figures are drawn from plain files and features, in every case that can occur."""
 import sys
 from types import SimpleNamespace
 
@@ -15,7 +13,6 @@ from build import build_model
 from figures import sequences as figures
 from figures import tsne
 from images import Batch, Views, normalise
-from plumbing.report import write_report
 from plumbing.runs import append_metrics
 from probes import row
 
@@ -215,30 +212,3 @@ def test_maps_of_a_method_without_aggregate_show_z_alone(tmp_path, monkeypatch):
     assert drawn(figures.draw_maps(gallery, views, config, tmp_path / "maps.png"))
     assert titles == ["z of view 1, by class", "z of view 1, by angle x",
                       f"PCA of {n} validation samples, condition none, simclr"]
-
-
-def test_report_is_one_file_with_table_figures_and_settings(tmp_path):
-    append_metrics(tmp_path / "metrics.csv", metrics(1))
-    figures.draw_curves(tmp_path)
-    figures.draw_lengths(rows(), type("C", (), dict(views=3)), tmp_path / "lengths.png")
-    figures.draw_path(rows(), tmp_path / "path.png")
-    config = dict(
-        name="a <b>",
-        method="seq-jepa",
-        dataset="folder",
-        mode="saccade",
-        condition="none",
-        views=3,
-        batch_size=8,
-    )
-    result = dict(
-        config=config, step=7, n_train=5, n_val=2, samplings=1, remarks=["so & so"], rows=rows()
-    )
-    page = write_report(tmp_path, result).read_text()
-    assert (
-        page.count("data:image/png;base64,") == 3
-        and page.count("<tr>") == 1 + len(rows())
-        and "a &lt;b&gt;" in page
-    )
-    assert "<p>so &amp; so</p>" in page
-    assert not re.search(r"""(src|href)=['"](?!data:)""", page)

@@ -753,7 +753,7 @@ def test_nothing_in_the_report_is_markup_but_ours(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes((tmp_path / "plain.png").read_bytes())
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
-    page = write_report(tmp_path, result).read_text(encoding="utf-8")
+    page = write_report(tmp_path, result, tmp_path.glob("*.png")).read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page and page.count("<img") == 3
 
 
