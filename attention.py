@@ -4,8 +4,8 @@
     x (T, D), the T tokens that R sequences hold between them,           layout = arrange(...)
               each seeing what its region may see
 
-DSeq-JEPA's context encoder sees less than half of an image's patches, and how many differs from
-image to image. So tokens travel packed, without padding, through the linear layers, which are 95 %
+DSeq-JEPA's context encoder sees 40 to 65 % of an image's patches, and how many differs from image
+to image. So tokens travel packed, without padding, through the linear layers, which are 95 %
 of the work, and are laid out in rows only where they meet: in attention. This is what keeps one
 region-causal pass (Sec. 3.3) at about the cost of I-JEPA; with all patches in the context encoder
 it costs twice as much.

@@ -473,7 +473,7 @@ def table(rows):
 
 def markdown(rows):
     """Rows as a table in Markdown."""
-    lines = ["| where | what | compared | with | without | untrained | effect ± spread | paper "
+    lines = ["| where | what | compared | first | second | untrained | effect ± spread | paper "
              "| verdict | seeds |", "|---" * 10 + "|"]
     for row in rows:
         where, words, *rest = cells(row)

@@ -9,10 +9,10 @@
 
 All steps k of an image come from one pass of the context encoder and one of the predictor, under a
 mask by rank: a token of R_k sees R_1..R_k, a mask token of R_{k+1} sees R_1..R_k and its own
-region's mask tokens. R_N is never context, so its patches do not enter the context encoder. [CLS]
-would carry what comes late to what came early: it has one copy per rank, which sees and is seen as
-that region's tokens are. That is within the context encoder. The predictor sees patches alone, as
-Eq. 5 has it: [CLS] "is used only as an anchor to compute saliency maps" (Sec. 4.3.3).
+region's mask tokens. R_N is never context, so its patches do not enter the context encoder. A
+single [CLS] would leak later regions into earlier ones: it has one copy per rank, which sees and is
+seen as that region's tokens are. That is within the context encoder. The predictor sees patches
+alone, as Eq. 5 has it: [CLS] "is used only as an anchor to compute saliency maps" (Sec. 4.3.3).
 
 A `Plan` says who is context from when on and who is predicted when; the methods, DSeq-JEPA and its
 relatives, differ in their plans only:
@@ -99,7 +99,7 @@ class Discriminative:
     order: Table 5.  proxy: where saliency comes from, "cls" or "grad-cam" (Eq. 8).
     polarity: "paper", or "border" for `regions.away_from_border`.
     min_patches, max_patches: bounds of a region's size; see regions.discriminative_regions."""
-    region_causal = True        # context never sees mask tokens, nor one region's those of another
+    region_causal = True        # mask tokens are seen by those of their own region alone
 
     def __init__(self, *, N, source, order, proxy, min_patches, max_patches=None,
                  polarity="paper"):

@@ -1,4 +1,5 @@
-"""Evaluate a trained world model with the paper's protocols (seq-JEPA Secs. 4.3, 5.5, A.2, B.2).
+"""Evaluate a trained world model with the papers' protocols (seq-JEPA Secs. 4.3, 5.5, A.2, B.2;
+DSeq-JEPA 0.A.1.3).
 
     python evaluate.py runs/NAME/last.pt                     every probe that applies, one table
     python evaluate.py runs/NAME/last.pt --views 1 3 5       other inference lengths M_val
@@ -146,8 +147,8 @@ def evaluate(options):
     names = choose_probes(options, source.config)
     data = choose_data(options, source.config)
     if set(names) & set(dense.NO_FEATURES):
-        refuse_unwritable(folder / "network.pt", f"--probe {' '.join(names)} keeps what it trains "
-                          "and draws there; copy the checkpoint to a folder of yours")
+        refuse_unwritable(folder / f"{names[0]}.pt", f"--probe {' '.join(names)} keeps what it "
+                          "trains and draws there; copy the checkpoint to a folder of yours")
     setup = prepare(options, source, names, data, device)
     beside = probed_beside(options, names)
     model, twin = two_models(source, setup.views, device, bool(beside))
@@ -161,7 +162,7 @@ def evaluate(options):
     if distributed.is_main():
         result = described(options, source, data, setup, rows)
         result["seconds"] = round(time.monotonic() - started, 1)
-        show(result, sampled=not set(names) <= set(dense.NO_FEATURES))
+        show(result)
         text = json.dumps(result, indent=1) + "\n"
         save_atomically(source.result, lambda part: part.write_text(text))
         if options.figures:
@@ -195,13 +196,15 @@ def probed_beside(options, names):
 def described(options, source, data, setup, rows):
     """What is kept: the rows, and all that a reader must know of them."""
     val = setup.views["val"]
+    on_features = not set(setup.probes) <= set(dense.NO_FEATURES)
     return dict(
         checkpoint=str(source.path), step=source.step,
         weights=None if source.of_run else source.path.name,
         config=dataclasses.asdict(source.trained), device=str(setup.device),
         dataset=data.dataset, classes=len(val.classes),
         n_train=len(setup.views["train"]), n_val=len(val),
-        samplings=options.samplings, probe_epochs=options.probe_epochs, limit=data.limit,
+        samplings=options.samplings if on_features else None,
+        probe_epochs=options.probe_epochs, limit=data.limit,
         rows=rows, remarks=[*source.remarks, *remarks_on(setup.views, source.config)])
 
 

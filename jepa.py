@@ -29,21 +29,21 @@ class Output(NamedTuple):
     """What a method returns for a batch."""
     loss: torch.Tensor      # scalar
     z: torch.Tensor         # (B, M, D) of the observed views
-    z_agg: torch.Tensor     # (B, D+E), what z is gathered into; of baselines (B, P), what the first
-                            # view is projected to; of region methods, z is the target encoder's
-                            # patch tokens (B, P, D) and z_agg their mean (B, D).  Both are watched
-                            # for collapse
+    z_agg: torch.Tensor     # (B, D+E), what z is gathered into; of baselines the projection of the
+                            # first view; of region methods, whose z are the target encoder's patch
+                            # tokens (B, P, D), their mean (B, D).  Both are watched for collapse
     logs: dict              # {name: scalar tensor}: averaged over an epoch, then in metrics.csv
-    weight: torch.Tensor = None     # scalar, of what share of the samples the loss is the mean;
-                                    # None: of a loss that no parts of a batch add up to
+    weight: torch.Tensor = None     # scalar, the share of samples that have a loss, whose mean
+                                    # `loss` is; None: the losses of a batch's parts do not add up
+                                    # to its own, so it cannot be split (--accumulate)
 
 
 class ActionEmbedding(nn.Module):
     """actions (B, M, A) -> (B, M, E).  Only the columns that --condition names are read.
 
-    kind: "linear", learned (A.3); "raw", the numbers themselves, padded with zeros so that heads
-        divide the width; "noise", learned map of fresh random numbers (the last two: ablations of
-        Table 4)."""
+    kind: "linear", learned (A.3); "raw", the numbers themselves and zeros up to a multiple of 4,
+        the number of the aggregator's heads; "noise", a learned map of fresh random numbers (the
+        last two: ablations of Table 4)."""
 
     def __init__(self, columns, dim, kind="linear"):
         super().__init__()
@@ -98,6 +98,7 @@ class SeqJEPA(nn.Module):
         return self.encoder
 
     def forward(self, batch):
+        """images.Batch -> Output"""
         views, actions = batch.views, batch.actions
         B, V = views.shape[:2]
         assert actions.shape[:2] == (B, V - 1), \

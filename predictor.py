@@ -21,7 +21,7 @@ class Predictor(nn.Module):
     def __init__(self, *, dim, action_dim, hidden=1024):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(dim + action_dim + action_dim, hidden, bias=False),
+            nn.Linear((dim + action_dim) + action_dim, hidden, bias=False),     # z_agg, a_M
             nn.BatchNorm1d(hidden),
             nn.ReLU(),
             nn.Linear(hidden, dim))

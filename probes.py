@@ -35,7 +35,8 @@ QUICK_SHARE = 5                 # a --quick run trains MLP heads for a fifth of 
 @dataclass(frozen=True)
 class Setup:
     """What the probes of one evaluation have in common."""
-    views: dict                 # {"train", "val"}: samplers of views, images.Views
+    views: dict                 # {"train", "val"}: samplers of views, images.Views; for dense
+                                # probes splits of dense.probes.READERS
     device: torch.device
     seed: int
     M_train: int                # M of the run

@@ -24,11 +24,11 @@ step's random blocks.
                                    (B, 1, P) ranks 1..N of the curriculum's regions, or
                                    (B, 5, P) 0 or 1: I-JEPA's context, then its four targets
                     Batch.params   (B, 1) uniform in [0, 1): below the curriculum's probability,
-                                   salient regions are used
+                                   Batch.progress, salient regions are used
 
-A step's randomness is drawn there, so that the model is a function of its batch (but for --order
-random). `Crops` cuts small images, stored as S x S, `PictureCrops` whole photographs, as the paper
-does (images.Pictures: how they are held).
+All randomness of a step is drawn with its batch, so that the model is a function of that (but for
+--order random). `Crops` cuts small images, stored as S x S, `PictureCrops` whole photographs, as
+the paper does (images.Pictures: how they are held).
 
 All is batched, of fixed shapes, and never waits for the device. Thresholds equal OpenCV's,
 components SciPy's. Differs from the authors' code, which drops regions under 30 patches and leaves
@@ -135,13 +135,7 @@ def away_from_border(saliency, grid):
 # that sizes are bounded ("sampled with scales between ... and ...", 0.A.1.2; the numbers are lost
 # from our copy, and 0.15 to 0.2 is the only range in the authors' settings), and it presupposes
 # chains of N regions: later steps are "clearly harder", and truncating them costs half a point
-# (Sec. 4.3.2). Before training, on 256 images of Tiny ImageNet (ViT-S/8) and 64 photos at 224 px
-# (ViT-B/16); the last column, FLOPs beside I-JEPA's over a whole curriculum, is 1.16 in Table 8:
-#
-#                          steps of 4   images with all 4   R_1, % of image   beside I-JEPA
-#     otsu                 1.1    1.5        0     0 %          47    42        1.16   1.04
-#     otsu-refill          3.6    3.2       68    45 %          47    42        1.41   1.16
-#     otsu-refill, cut     4.0    3.8      100    89 %          17    12        1.20   1.00
+# (Sec. 4.3.2). What each rule yields: results/README.md, "What the rules cost".
 
 def otsu(level, rounds=1):
     """Otsu's threshold (Eq. 2), again and again.  level (B, P) int64 in 0..255  ->  (B, rounds)
@@ -258,7 +252,7 @@ def discriminative_regions(saliency, N, rule, min_patches=10, max_patches=None):
 
     Which rule and bound are the defaults, and why: above.
 
-    max_patches: none of R_1..R_{N-1} is larger (None: no bound). Of a component that is, the
+    max_patches: none of R_1..R_{N-1} is larger (None: no bound). A larger component is cut: its
     max_patches most salient patches are one layer, the next as many another, and so on; connected
     parts of a layer are regions of their own, if they have min_patches. So a large component is cut
     to its most salient patches, and what is cut away comes later instead of being lost.

@@ -10,8 +10,9 @@ zeros where it reaches beyond the border. The inhibited square is the patch's ow
 
 Action: (x, y) displacement of the patch centre in units of the image side, x to the right, y down.
 
-Nothing here loops over samples or waits for the device. Differs from the authors' code, which crops
-at the transposed place, resamples the patch, and drops IoR when saliency is off.
+Nothing here loops over samples or waits for the device. Differs: the paper inhibits "an area with a
+diameter equal to the patch width", which may be a disc; the authors' code crops at the transposed
+place, resamples the patch, and drops IoR when saliency is off.
 Checked in tests/test_saccades.py.
 """
 import torch

@@ -60,7 +60,7 @@ def backward(model, batch, forward, K):
 
     With K > 1 parts the loss of the batch is the mean of theirs, each weighted by how many of its
     samples have a loss. What the weights add up to is known after the last part, so gradients of
-    weight * loss are gathered, and divided then. Neither waits for the device."""
+    weight * loss are gathered, and divided then. The host waits for the device nowhere."""
     if K == 1:
         out = forward(batch)
         out.loss.backward()
@@ -71,6 +71,7 @@ def backward(model, batch, forward, K):
     outputs.append(add_gradients(forward(last)))
     whole = joined(outputs)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # K times their mean is the sum of the weights.
     torch._foreach_mul_(gradients, 1 / (K * whole.weight).clamp(min=1e-12))
     return whole
 

@@ -43,7 +43,7 @@ PICTURES = 5                    # in the figure
 
 
 class Preset(NamedTuple):
-    """What sizes there are of detectors, besides the Recipe."""
+    """Sizes of a detector and its images; how it is trained says the Recipe."""
     size: int                   # S, pixels: what images are scaled and padded to
     scales: tuple               # of training images, beside the largest that fits S
     anchors: tuple              # sides on the five maps, as shares of S
@@ -161,7 +161,7 @@ class Training:
         seen = masks.flatten(1).any(1)
         masks = masks.as_subclass(torch.Tensor)[seen].to(torch.uint8)
         boxes = ops.masks_to_boxes(masks)
-        boxes[:, 2:] += 1                   # it names the last pixel, a box ends behind it
+        boxes[:, 2:] += 1                   # of the last pixel; a box ends behind it
         labels = torch.as_tensor(objects.classes[single])[seen] + 1
         return image.as_subclass(torch.Tensor), dict(boxes=boxes, labels=labels, masks=masks)
 

@@ -1,7 +1,9 @@
 """Which probes train a network of their own, on what data, and where both are (DSeq-JEPA Table 2).
 
     PROBES[name](model, None, None, setup)      -> rows of the table; setup.views holds the data
-    READERS[dataset](config, split)             -> a split: a length, [i], classes, mean and std
+    READERS[dataset](config, split)             -> a split: its length, classes, mean, std,
+                                                in_memory, digest(); to segment also label_names
+                                                and labelled(i), to detect objects(i)
 
 They are imported when called: most evaluations need nothing of them, torchvision least of all.
 Called by evaluate.py. Checked in tests/test_dense_probes.py.

@@ -4,11 +4,12 @@
                                                     (gloo and the CPU where there are none)
 
 Every process ("rank") has the whole model and its share of every global batch; DDP averages the
-gradients. With one process nothing here does anything: ranks are 1, `gather` is the identity,
-`on_main` a call.
+gradients. With one process nothing here does anything: `world_size()` is 1, `rank()` 0, `gather`
+the identity, `on_main` a call.
 
-Two kinds of traffic. Between hosts, through gloo: who is first, who failed, when to stop. Between
-devices: gradients, batch statistics, metrics; none of that makes a host wait for its device.
+Two kinds of traffic. Between processes, through gloo: who is first, who failed, when to stop.
+Between devices: gradients, batch statistics, metrics; none of that makes a host wait for its
+device.
 Checked in tests/test_distributed.py: two processes give the gradients of one.
 """
 import atexit
@@ -121,7 +122,7 @@ def own_device(device):
     return device
 
 
-_device_group = None        # between devices; None is torch's default group, the one between hosts
+_device_group = None        # between devices; None is torch's default group, between processes
 
 
 def connect(device):
@@ -131,7 +132,7 @@ def connect(device):
         _device_group = dist.new_group(backend="nccl")
 
 
-# ---------------------------------------------------------------- between hosts
+# ---------------------------------------------------------------- between processes
 
 def everyone(value):
     """[value of rank 0, value of rank 1, ...], on every rank. Any object that pickles."""

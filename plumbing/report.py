@@ -1,6 +1,6 @@
 """What evaluate.py found, as text for a terminal and as one page to send to a colleague.
 
-    show(result, sampled)                       prints the table, and what a reader must know of it
+    show(result)                                prints the table, and what a reader must know of it
     write_report(run_dir, result, pictures)     report.html: the table, the settings and these
                                                 pictures; nothing else is needed to view it
 
@@ -26,11 +26,11 @@ HEADS = ["trained" if key == "value" else key for key in COLUMNS]
 FIRST = ("views.png", "curves.png")             # what a reader wants first; the rest by name
 
 
-def show(result, sampled):
-    """Print a result, the content of probes.json.  sampled: whether views or crops were drawn."""
+def show(result):
+    """Print a result, the content of probes.json."""
     print(table(result["rows"]))
     words = "{n_train:,} training and {n_val:,} validation samples of {classes:,} classes; "
-    if sampled:
+    if result["samplings"]:
         words += "{samplings} view samplings of a training sample; "
     print((words + "{seconds:.0f} s on {device}").format(**result))
     for remark in result["remarks"]:
@@ -55,6 +55,10 @@ def write_report(run_dir, result, pictures):
     told = ""
     if config["mode"] != "regions":
         told = f", condition {said['condition']}, M = {said['views']}"
+    of_features = ""
+    if result["samplings"]:
+        of_features = (f", {result['samplings']} view samplings of a training sample; "
+                       "features of the frozen model")
     page = [
         f"<!doctype html><meta charset='utf-8'><title>{name}</title><style>{STYLE}</style>",
         f"<h1>{name}</h1>",
@@ -62,9 +66,8 @@ def write_report(run_dir, result, pictures):
         f"{result['step']:,} steps, batch {said['batch_size']}.</p>",
         "<h2>Probes</h2>",
         _html_table(result["rows"]),
-        f"<p>{result['n_train']:,} training and {result['n_val']:,} validation samples, "
-        f"{result['samplings']} view samplings; features of the frozen model; "
-        "untrained: the same probe on a randomly initialised model. "
+        f"<p>{result['n_train']:,} training and {result['n_val']:,} validation samples"
+        f"{of_features}; untrained: the same probe on a randomly initialised model. "
         "Every head trained as its row says.</p>",
         *(f"<p>{escape(remark)}</p>" for remark in result["remarks"]),
     ]
@@ -82,7 +85,8 @@ def write_report(run_dir, result, pictures):
 
 def _in_order(pictures):
     """Those of the pictures that are there, in the order of the page."""
-    by_name = {path.name: path for path in sorted(pictures) if path.is_file()}
+    there = sorted((path for path in pictures if path.is_file()), key=lambda path: path.stem)
+    by_name = {path.name: path for path in there}
     first = [by_name.pop(name) for name in FIRST if name in by_name]
     return [*first, *by_name.values()]
 

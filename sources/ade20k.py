@@ -9,9 +9,9 @@ DIR is --data-dir, or ADEChallengeData2016 in it. `train` and `val` will do as w
 for `annotations`. Without such folders the images themselves lie in DIR/images, and a tenth of them
 is held out.
 
-A label image has one number a pixel. In ADE20K 0 is nobody's, and 1 to 150 become 0 to 149, whose
-names stand in DIR/objectInfo150.txt. Who has a file DIR/classes.txt, a name a line, means by the
-numbers its lines, from 0 up. Checked in tests/test_ade20k.py.
+A label image has one number a pixel. In ADE20K 0 is unlabelled and ignored, and 1 to 150 become 0
+to 149, whose names stand in DIR/objectInfo150.txt. With a file DIR/classes.txt, a name a line,
+number k is the class on its line k + 1. Checked in tests/test_ade20k.py.
 """
 import os
 from pathlib import Path
@@ -32,7 +32,7 @@ MEND = "mend or remove it"
 class Pairs:
     """One split: image files and, for each, its label file."""
 
-    mean = (0.485, 0.456, 0.406)        # ImageNet's, with which a ViT probed here was trained
+    mean = (0.485, 0.456, 0.406)        # ImageNet's, whatever the ViT was trained with
     std = (0.229, 0.224, 0.225)
     in_memory = False
 
@@ -78,7 +78,7 @@ class Pairs:
 def load(config, split):
     """The split "train" or "val", --limit of its images, evenly spread.
 
-    Every label of `val` is read once: its score comes after days of training."""
+    Every label of `val` is read here, so that a bad file is found before days of training."""
     root = Path(config.data_dir)
     if (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"

@@ -34,7 +34,7 @@ class Coco:
     Raises: BadInput, naming file and annotation, for what is absent or not in COCO's format; of
     images and masks when they are asked for."""
 
-    mean = (0.485, 0.456, 0.406)        # ImageNet's, with which a ViT probed here was trained
+    mean = (0.485, 0.456, 0.406)        # ImageNet's, whatever the ViT was trained with
     std = (0.229, 0.224, 0.225)
     in_memory = False
 

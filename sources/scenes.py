@@ -8,9 +8,9 @@ and ADE20K where nothing is to be downloaded.
 
 One to four solids are pasted on a gradient of floor colours, one over the other: renders of
 solids.py cut out by the renderer's own opacity, resized to 0.4 to 0.75 of the scene's side, half of
-them mirrored. What would hide more than three quarters of an object before it is left out. Sixteen
-scenes share sixteen renders, one of each class, which no other scene shows. Scene i of a split is
-the same whatever the number of scenes; all are made once and kept under DATA_DIR/.cache.
+them mirrored. One that would leave less than a quarter of an earlier one visible is left out.
+Sixteen scenes share sixteen renders, one of each class, which no other scene shows. Scene i of a
+split is the same whatever the number of scenes; all are made once and kept under DATA_DIR/.cache.
 Checked in tests/test_scenes.py.
 """
 import hashlib
@@ -31,7 +31,7 @@ DIGESTED = 64                   # scenes that tell a split from another
 SMALLEST_SIDE = 128             # pixels
 MOST_OBJECTS = 4
 SIDES = (0.4, 0.75)             # of an object's square, in scenes
-HIDDEN = 0.75                   # the most of an object that one other may hide
+HIDDEN = 0.75                   # the most of an object that all others may hide
 BLOCK = len(shapes.CLASSES)     # scenes that share as many renders
 
 
@@ -90,7 +90,7 @@ class Scenes:
 
 
 def load(config, split):
-    """Scenes of "train" or "val", --limit of them (val: a quarter as many).
+    """Scenes of "train" or "val", --limit of them (val: a quarter as many, at least 16).
 
     Their side is the run's image size, or the least multiple of it from 128 pixels up."""
     count = config.limit or SCENES

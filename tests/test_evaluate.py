@@ -437,7 +437,7 @@ def test_an_evaluation_of_another_limit_leaves_all_of_the_first(trained, tmp_pat
              "probes-segment-linear-scenes-limit12.json", "segment-linear-scenes-limit12.png"]
     assert sorted(path.name for path in before) == sorted(names)
     name = "segment-linear-scenes-limit"
-    assert shown["8"] == ["Probes", "curves", f"{name}8-untrained", f"{name}8"]
+    assert shown["8"] == ["Probes", "curves", f"{name}8", f"{name}8-untrained"]
     assert shown["12"] == ["Probes", "curves", f"{name}12"]
 
 

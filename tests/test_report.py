@@ -4,7 +4,7 @@ import re
 
 from PIL import Image
 
-from plumbing.report import table, write_report
+from plumbing.report import show, table, write_report
 from probes import row
 
 TOP1 = row("classify", "class", "z", "linear classifier", 300, "top-1 %", 81.234)
@@ -35,3 +35,13 @@ def test_report_is_one_file_with_table_figures_and_settings(tmp_path):
     assert "a &lt;b&gt;" in page and "<p>so &amp; so</p>" in page
     assert "<td>300</td>" in page and page.count("<td>-</td>") == 1
     assert not re.search(r"""(src|href)=['"](?!data:)""", page)
+
+
+def test_what_sampled_no_views_says_nothing_of_them(tmp_path, capsys):
+    """A network trained on labels reads no frozen features."""
+    for samplings, told in ((None, False), (4, True)):
+        result = RESULT | dict(samplings=samplings, classes=2, seconds=1.0, device="cpu")
+        page = write_report(tmp_path, result, []).read_text()
+        assert ("features of the frozen model" in page) == told
+        show(result)
+        assert ("4 view samplings" in capsys.readouterr().out) == told
