@@ -183,7 +183,7 @@ def prepare(options, source, names, data, device):
         heads=protocol(config.mode).heads, samplings=options.samplings,
         probe_epochs=options.probe_epochs, quick=config.quick or options.quick,
         amp=options.amp and device.type == "cuda", folder=source.path.parent,
-        tag=f"{whose}{data.dataset}{evaluate_flags.of_limit(options)}")
+        tag=f"{whose}{data.dataset}{evaluate_flags.ending(options)}")
 
 
 def probed_beside(options, names):
@@ -204,7 +204,7 @@ def described(options, source, data, setup, rows):
         dataset=data.dataset, classes=len(val.classes),
         n_train=len(setup.views["train"]), n_val=len(val),
         samplings=options.samplings if on_features else None,
-        probe_epochs=options.probe_epochs, limit=data.limit,
+        probe_epochs=options.probe_epochs, quick=setup.quick, limit=data.limit,
         rows=rows, remarks=[*source.remarks, *remarks_on(setup.views, source.config)])
 
 
@@ -423,7 +423,7 @@ def choose_probes(options, config):
         if transfer != bool(options.dataset) or transfer and len(names) > 1:
             raise BadInput("--probe transfer: stands alone and needs --dataset, "
                            "the data set to transfer to")
-    dense.refuse(names, options.dataset)
+    dense.refuse(names, options.dataset, options.compile)
     return names
 
 
@@ -468,6 +468,9 @@ def choose_lengths(options, config, names):
     return tuple(sorted(lengths))
 
 
+LESS = "lower --limit, --samplings or --views, or use --device cpu"      # where memory is short
+
+
 def parse(argv=None):
     """Options from the command line."""
     return evaluate_flags.parse(
@@ -478,9 +481,8 @@ def parse(argv=None):
 def main(argv=None):
     """Exit status 0, 2 for bad input, 128 + signal if stopped."""
     if os.environ.get("WORLD_SIZE", "1") != "1":                    # torchrun's
-        return launch(evaluate, parse, argv)
-    less = "lower --limit, --samplings or --views, or use --device cpu"
-    return command.run(evaluate, parse, argv, less)
+        return launch(evaluate, parse, argv, less=LESS, again="start the same again")
+    return command.run(evaluate, parse, argv, LESS)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Checked in tests/test_dense_loop.py.
 import hashlib
 import math
 import os
+import signal
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -238,13 +239,19 @@ def from_files(samples, recipe, setup, collate):
         # A generator of its own: otherwise the loader draws from torch's.
         loader = DataLoader(_Drawn(samples, setup.seed), batch_sampler=indices,
                             collate_fn=partial(_collated, collate), num_workers=workers,
-                            pin_memory=setup.device.type == "cuda", generator=torch.Generator())
+                            worker_init_fn=_outlive_signals, generator=torch.Generator(),
+                            pin_memory=setup.device.type == "cuda")
         for batch in loader:
             if isinstance(batch, BadInput):
                 raise batch
             yield on_device(batch, setup.device)
 
     return batches
+
+
+def _outlive_signals(worker):
+    """A signal to all processes is this one's to answer: it ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collated(collate, drawn):

@@ -37,8 +37,10 @@ DATA = {                        # which probe is for which data set, --dataset
 NO_FEATURES = (*PROBES, "finetune")         # see the images themselves; several processes may share
 
 
-def refuse(names, dataset):
-    """Raises: BadInput for probes and a data set (or None) that do not go together."""
+def refuse(names, dataset, compiled=False):
+    """Raises: BadInput for probes and a data set (or None) that do not go together.
+
+    compiled: --compile was typed."""
     dense = [name for name in names if name in PROBES]
     if dense and (len(names) > 1 or dataset not in DATA[dense[0]]):
         raise BadInput(f"--probe {dense[0]}: stands alone and needs --dataset "
@@ -46,6 +48,9 @@ def refuse(names, dataset):
     if dataset in READERS and not dense:
         users = [name for name in PROBES if dataset in DATA[name]]
         raise BadInput(f"--dataset {dataset}: is for --probe {' or '.join(users)}")
+    if compiled and set(names) <= set(NO_FEATURES):
+        raise BadInput(f"--compile: is for frozen features, which --probe {' '.join(names)} does "
+                       "not read; leave it out")
     if distributed.world_size() > 1 and set(names) - set(NO_FEATURES):
         raise BadInput(f"--nproc-per-node: only --probe {', '.join(NO_FEATURES)} can share their "
                        "work among processes; start one")

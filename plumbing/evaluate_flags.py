@@ -93,8 +93,8 @@ def add_rest(p):
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--json", metavar="FILE",
                    help="where the numbers go (default: probes.json in the run's folder, or "
-                        "probes-PROBE-DATASET-limitN.json for some of them; with --weights "
-                        "beside FILE)")
+                        "probes-PROBE-DATASET-limitN-epochsN-quick.json for part of them; with "
+                        "--weights beside FILE)")
     p.add_argument("--figures", action="store_true",
                    help="draw the figures and report.html into the run's folder")
 
@@ -135,9 +135,16 @@ def typed(options, names):
     return {name: value for name, value in found.items() if value is not None}
 
 
-def of_limit(options):
-    """What ends the names of an evaluation's files: of another --limit they are another result."""
-    return "" if options.limit is None else f"-limit{options.limit}"
+def ending(options):
+    """What ends the names of an evaluation's files: a try in small does not replace the whole."""
+    words = []
+    if options.limit:
+        words.append(f"-limit{options.limit}")
+    if options.probe and options.probe_epochs:
+        words.append(f"-epochs{options.probe_epochs}")
+    if options.probe and options.quick:
+        words.append("-quick")
+    return "".join(words)
 
 
 def result_path(options):
@@ -153,7 +160,7 @@ def result_path(options):
     if options.weights is not None:
         words.insert(0, Path(options.weights).stem)
     folder = Path(options.weights or options.checkpoint).parent
-    result = folder / f"{'-'.join(words)}{of_limit(options)}.json"
+    result = folder / f"{'-'.join(words)}{ending(options)}.json"
     if options.weights is not None and result.is_file():
         raise BadInput(f"{result}: has the numbers of an earlier evaluation; say with --json where "
                        "these go")

@@ -366,9 +366,13 @@ def epoch_order(n, seed, epoch):
 
 # ---------------------------------------------------------------- the command
 
-def launch(train, parse, argv=None):
-    """main of a training script: train(parse(argv)), on every rank.
+LESS = "lower --batch-size, --image-size, or --views where there are several, or give --resident no"
 
+
+def launch(train, parse, argv=None, less=LESS, again="continue with --resume"):
+    """main of a script that may be several processes: train(parse(argv)), on every rank.
+
+    less, again: advice where memory does not suffice, and where another process was killed.
     -> exit status: that of `train`, 2 for bad input, 128 + signal if stopped before the loop.
     Of several ranks the first that fails says why."""
     def leave(number, frame):                           # cleans up while data is being prepared
@@ -390,7 +394,7 @@ def launch(train, parse, argv=None):
         message = "interrupted before training began; nothing was changed"
         status = 128 + signal.SIGINT
     except Exception as error:
-        message, status = explain(error)
+        message, status = explain(error, less, again)
         if message is None:     # a bug; or a rank that failed, and said why, cannot be reached
             first, status = distributed.first_failure(status)
             if first:
@@ -404,20 +408,18 @@ def launch(train, parse, argv=None):
     return status
 
 
-def explain(error):
+def explain(error, less, again):
     """(one line that says what can be done about an error, None for a bug; exit status)"""
     if isinstance(error, BadInput):
         return f"error: {error}", 2
     if is_out_of_memory(error):
-        return ("error: out of memory; lower --batch-size, --image-size, or --views where there "
-                "are several, or give --resident no"), 2
+        return f"error: out of memory; {less}", 2
     if isinstance(error, OSError):
         why = error
         if error.filename:
-            why = (f"{error.filename}: {error.strerror}; free or choose another --out or "
-                   "--data-dir")
+            why = f"{error.filename}: {error.strerror}; make room, or choose another folder"
         return f"error: {printable(why)}", 2
     if distributed.has_lost_a_rank(error):
         return ("error: another process of this run ended without a word, killed or out of memory; "
-                "continue with --resume"), 1
+                f"{again}"), 1
     return None, 1

@@ -11,7 +11,8 @@ is held out.
 
 A label image has one number a pixel. In ADE20K 0 is unlabelled and ignored, and 1 to 150 become 0
 to 149, whose names stand in DIR/objectInfo150.txt. With a file DIR/classes.txt, a name a line,
-number k is the class on its line k + 1. Checked in tests/test_ade20k.py.
+number k is the class on its line k + 1. Images are turned upright by their EXIF data: labels must
+fit them as they are seen. Checked in tests/test_ade20k.py.
 """
 import os
 from pathlib import Path
@@ -87,8 +88,10 @@ def load(config, split):
         pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, config.limit).astype(int)]
     found = Pairs(*zip(*pairs), *label_names(root))
     if split == "val":
-        for index in range(len(found)):
-            found.label(index)
+        labelled = [bool((found.label(index) != IGNORED).any()) for index in range(len(found))]
+        if not any(labelled):
+            raise BadInput(f"{found.labels[0].parent}: not a single labelled pixel in "
+                           f"{len(found):,} images of val; mend them")
     return found
 
 

@@ -89,6 +89,7 @@ def relabel(array, split="validation"):
         ("only one split", lambda root: (root / "images/training").rename(root / "x")),
         ("has label 151, expected 1 to 150", relabel(np.full((5, 7), 151, np.uint8))),
         ("kind RGB, expected one number a pixel", relabel(np.zeros((5, 7, 3), np.uint8))),
+        ("not a single labelled pixel in 1 images of val", relabel(np.zeros((5, 7), np.uint8))),
         ("objectInfo150.txt: 1 classes", lambda r: (r / "objectInfo150.txt").write_text("\na\tb")),
         ("classes.txt: 1 names", lambda root: (root / "classes.txt").write_text("one\n")),
         ("ADE_2.png: not a readable image",

@@ -53,6 +53,12 @@ def test_several_processes_are_for_what_shares_its_work(monkeypatch):
         dense.refuse(("finetune", "knn"), None)
 
 
+def test_compile_is_for_frozen_features():
+    dense.refuse(("finetune", "knn"), None, compiled=True)
+    with pytest.raises(BadInput, match="--compile: is for frozen features"):
+        dense.refuse(("segment",), "scenes", compiled=True)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -76,7 +82,8 @@ def test_a_checkpoint_is_probed_on_scenes(run, tmp_path, capsys):
              "--limit", "16", "--probe-epochs", "2", "--quick", "--figures", "--device", "cpu"]
     weights = load_checkpoint(run / "last.pt")["model"]
     assert evaluate.main([str(run / "last.pt"), *words]) == 0
-    result = json.loads((run / "probes-segment-linear-scenes-limit16.json").read_text())
+    name = "segment-linear-scenes-limit16-epochs2-quick"
+    result = json.loads((run / f"probes-{name}.json").read_text())
     rows = result["rows"]
     assert [(row["predicts"], row["from"]) for row in rows] == [
         ("17 classes", "frozen patch tokens"), ("17 classes", "nothing"),
@@ -87,8 +94,8 @@ def test_a_checkpoint_is_probed_on_scenes(run, tmp_path, capsys):
     assert all((row["untrained"] is None) == (row["from"] == "nothing") for row in rows)
     assert all(row["untrained"] > 0 for row in rows if row["from"] != "nothing")
     assert (result["dataset"], result["n_train"], result["n_val"]) == ("scenes", 16, 16)
-    assert (run / "segment-linear-scenes-limit16.png").stat().st_size > 10_000
-    assert "segment-linear-scenes-limit16" in (run / "report.html").read_text()
+    assert (run / f"{name}.png").stat().st_size > 10_000
+    assert name in (run / "report.html").read_text()
     assert not list(run.glob("segment*.pt"))
     table = capsys.readouterr().out
     assert f"{rows[0]['value']:.1f}" in table and "16 training and 16 validation" in table

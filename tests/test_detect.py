@@ -360,8 +360,8 @@ def test_the_probe_on_a_folder_of_ones_own(run_dir, detect_in, tmp_path):
     assert {row["from"] for row in result["rows"]} == {"four blocks, all weights"}
     assert {row["head"] for row in result["rows"]} == {"Mask R-CNN, light"}
     assert result["classes"] == 3 and result["n_train"] == 2 and result["n_val"] == 3
-    assert (run_dir / "detect-coco.png").exists()
-    assert not (run_dir / "detect-coco.pt").exists()            # of minutes nothing is kept
+    assert (run_dir / "detect-coco-epochs1-quick.png").exists()
+    assert not (run_dir / "detect-coco-epochs1-quick.pt").exists()     # of minutes nothing is kept
 
 
 def test_polygons_without_pycocotools_are_said_in_the_table(detect_in, tmp_path, monkeypatch):

@@ -234,7 +234,7 @@ def test_transfer_probes_another_data_set(trained, photos, tmp_path):
         )
         == 0
     )
-    result = json.loads((run / "probes-transfer-folder.json").read_text())
+    result = json.loads((run / "probes-transfer-folder-epochs2.json").read_text())
     assert [r["probe"] for r in result["rows"]] == ["transfer"] * 2 and result["n_train"] + result[
         "n_val"
     ] == 30
@@ -246,7 +246,7 @@ def test_transfer_probes_another_data_set(trained, photos, tmp_path):
     )
     assert f"M=3, {three['gmac']:.3g}e9 MAC" in three["from"]
     assert draw_transfer(
-        [run / "probes-transfer-folder.json"], tmp_path / "transfer.png"
+        [run / "probes-transfer-folder-epochs2.json"], tmp_path / "transfer.png"
     ).exists()
 
 
@@ -385,31 +385,36 @@ def test_what_trains_a_network_is_computed_first_and_shown_in_its_place(monkeypa
     assert called == [("finetune", None), "extracted", ("linear", "train"), ("knn", "train")]
 
 
-def test_fine_tuning_that_was_kept_is_refused_for_other_epochs_before_all_else(trained, capsys,
-                                                                               monkeypatch):
+def test_what_was_kept_of_another_fine_tuning_is_refused_before_all_else(trained, capsys,
+                                                                         monkeypatch):
     run = trained("regions")
     command = [str(run / "last.pt"), "--probe", "linear", "finetune", "--samplings", "1",
                "--limit", "8", "--probe-epochs"]
     assert evaluate.main([*command, "1"]) == 0
-    kept = (run / "finetune-folder-limit8.pt").read_bytes()
-    result = (run / "probes-linear-finetune-limit8.json").read_bytes()
+    kept = (run / "finetune-folder-limit8-epochs1.pt").read_bytes()
+    other = run / "finetune-folder-limit8-epochs2.pt"
+    other.write_bytes(kept)
     never = dataclasses.replace(evaluate.PROTOCOLS["regions"],
                                 measure=lambda *_: pytest.fail("features were extracted"))
     monkeypatch.setitem(evaluate.PROTOCOLS, "regions", never)
     capsys.readouterr()
     assert evaluate.main([*command, "2"]) == 2
-    assert "finetune-folder-limit8.pt: is of a training on" in capsys.readouterr().err
-    assert (run / "finetune-folder-limit8.pt").read_bytes() == kept
-    assert (run / "probes-linear-finetune-limit8.json").read_bytes() == result
+    assert f"{other.name}: is of a training on" in capsys.readouterr().err
+    assert other.read_bytes() == kept
+    assert (run / "probes-linear-finetune-limit8-epochs1.json").exists()
+    assert not (run / "probes-linear-finetune-limit8-epochs2.json").exists()
 
 
 @pytest.mark.parametrize("flags, name", [
     ([], "probes.json"),
     (["--limit", "100"], "probes-limit100.json"),
-    (["--limit", "0"], "probes-limit0.json"),
+    (["--limit", "0", "--probe-epochs", "3", "--quick"], "probes.json"),
+    (["--probe", "knn", "--quick"], "probes-knn-quick.json"),
     (["--probe", "knn"], "probes-knn.json"),
     (["--probe", "segment", "--dataset", "scenes", "--limit", "100"],
      "probes-segment-scenes-limit100.json"),
+    (["--probe", "segment", "--dataset", "scenes", "--probe-epochs", "3", "--quick"],
+     "probes-segment-scenes-epochs3-quick.json"),
     (["--limit", "100", "--json", "elsewhere/x.json"], "../elsewhere/x.json"),
 ])
 def test_no_part_of_the_probes_or_of_the_data_replaces_the_whole(flags, name):
@@ -432,13 +437,13 @@ def test_an_evaluation_of_another_limit_leaves_all_of_the_first(trained, tmp_pat
         assert all(path.read_bytes() == data for path, data in before.items())
         before = {path: path.read_bytes() for path in run.glob("*-limit*")}
         shown[flags[0]] = re.findall("<h2>(.*?)</h2>", (run / "report.html").read_text())
-    names = ["probes-segment-linear-scenes-limit8.json", "segment-linear-scenes-limit8.png",
-             "segment-linear-scenes-limit8-untrained.png",
-             "probes-segment-linear-scenes-limit12.json", "segment-linear-scenes-limit12.png"]
+    eight = "segment-linear-scenes-limit8-epochs1-quick"
+    twelve = "segment-linear-scenes-limit12-epochs1-quick"
+    names = [f"probes-{eight}.json", f"{eight}.png", f"{eight}-untrained.png",
+             f"probes-{twelve}.json", f"{twelve}.png"]
     assert sorted(path.name for path in before) == sorted(names)
-    name = "segment-linear-scenes-limit"
-    assert shown["8"] == ["Probes", "curves", f"{name}8", f"{name}8-untrained"]
-    assert shown["12"] == ["Probes", "curves", f"{name}12"]
+    assert shown["8"] == ["Probes", "curves", eight, f"{eight}-untrained"]
+    assert shown["12"] == ["Probes", "curves", twelve]
 
 
 class Trap:

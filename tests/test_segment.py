@@ -16,7 +16,7 @@ from build import build_model
 from dense import segment
 from dense.maps import FourMaps, four_blocks, last_map
 from dense.segment import Crops, Preset, Segmenter
-from dense.upernet import Linear, UPerNet
+from dense.upernet import Linear, UPerNet, resize
 from encoder import ViT
 from plumbing import distributed
 from probes import Setup
@@ -237,8 +237,28 @@ def test_loss_ignores_255_and_weighs_the_auxiliary_head():
     assert segment.loss_of([logits, logits], labels) == pytest.approx(1.4 * plain.item(), rel=1e-5)
     labels[0] = 255
     half = nn.functional.cross_entropy(logits[1:], labels[1:])
-    assert segment.loss_of([logits], labels) == pytest.approx(half.item(), rel=1e-5)
+    assert segment.loss_of([logits], labels) == pytest.approx(half.item() / 2, rel=1e-5)
     assert segment.loss_of([logits], labels.fill_(255)) == 0
+
+
+def test_ranks_losses_average_to_that_of_the_batch_whatever_each_ignores():
+    """As DDP averages gradients: no rank may divide by a number of its own."""
+    logits = torch.randn(4, 3, 4, 4)
+    labels = torch.randint(0, 3, (4, 4, 4))
+    labels[0] = 255
+    halves = [segment.loss_of([logits[half]], labels[half]) for half in ([0, 1], [2, 3])]
+    torch.testing.assert_close(sum(halves) / 2, segment.loss_of([logits], labels))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 11, 25])
+def test_labels_in_parts_are_the_highest_of_all(classes):
+    logits = torch.randn(1, classes, 7, 5).round(decimals=1)            # with ties
+    logits[:, :, :2] = 5.0
+    found = segment.labels_at(logits, (20, 13))
+    assert found.dtype == torch.uint8 and (found[0] == 0).all()         # the first of equals
+    whole = resize(logits, (20, 13))[0]
+    chosen = whole.gather(0, found.long()[None])[0]
+    torch.testing.assert_close(chosen, whole.amax(0), atol=1e-6, rtol=0)
 
 
 # ---------------------------------------------------------------- the probes

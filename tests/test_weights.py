@@ -468,7 +468,7 @@ def test_one_command_probes_a_vit_beside_its_file(photos, tmp_path, capsys):
                "--probe", "knn", "cls", "linear", "--samplings", "1", "--probe-epochs", "1",
                "--device", "cpu"]
     assert evaluate.main(command) == 0
-    file = tmp_path / "vit.pth-probes-knn-cls-linear-folder.json"
+    file = tmp_path / "vit.pth-probes-knn-cls-linear-folder-epochs1.json"
     result = read_result(file)
     assert [row["probe"] for row in result["rows"]] == ["knn", "knn", "cls", "linear"]
     assert all(row["paper"] is None and row["untrained"] is not None for row in result["rows"])
