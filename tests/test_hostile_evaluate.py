@@ -805,7 +805,7 @@ def test_a_transfer_looks_through_the_run_s_own_patches(copied, made):
              "--views", "1", "--probe-epochs", "1"]
     for more, side in (([], 8), (["--patch-size", "12", "--image-size", "24"], 12)):
         assert evaluate.main([*flags, *more]) == 0
-        result = json.loads((run / "probes-transfer-folder.json").read_text())
+        result = json.loads((run / "probes-transfer-folder-epochs1.json").read_text())
         assert [row["patch_size"] for row in result["rows"]] == [side]
 
 

@@ -257,7 +257,7 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
         )
         == 0
     )
-    rows = json.loads((run / "probes-linear-knn-cls-finetune.json").read_text())["rows"]
+    rows = json.loads((run / "probes-linear-knn-cls-finetune-epochs2.json").read_text())["rows"]
     assert [(r["probe"], r["from"]) for r in rows] == [
         ("linear", "last 4 blocks, mean patch"),
         ("knn", "mean patch token"),
