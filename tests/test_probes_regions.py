@@ -274,7 +274,7 @@ def test_train_then_evaluate_every_probe_and_figure(photos, tmp_path, capsys):
     }
     assert all(0 <= r["value"] <= 100 for r in rows)
     assert all(0 <= r["untrained"] <= 100 for r in rows[:-1]) and rows[-1]["untrained"] is None
-    assert (run / "finetune-folder.pt").exists()
+    assert (run / "finetune-folder-epochs2.pt").exists()
     assert {
         "regions.png",
         "steps.png",
